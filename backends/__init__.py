@@ -1,0 +1,79 @@
+"""One code, two array libraries: `np` here is NumPy when it is handed NumPy arrays and jax.numpy when handed JAX ones.
+
+NumPy (from 2.0) and JAX arrays, and the tracers JAX sends through a function that it compiles, all answer
+`x.__array_namespace__()` with the library they belong to. So the data says which library computes: no switch, no
+global, and both live in one process. Methods and operators (`x.reshape`, `x @ w`) follow their array anyway.
+
+Where a run is set up the choice is spelled out: `backend = backends.get("numpy")`.
+"""
+
+import functools
+import importlib
+
+import numpy
+
+NAMES = ("numpy",)
+
+
+def get(name):
+    """The module that computes with `name`, one of NAMES. Raises ValueError for any other name."""
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)}")
+    return importlib.import_module(f"backends.{name}_backend")
+
+
+def namespace_of(args):
+    """The library of the first argument that is not NumPy's, looking one level into lists; else NumPy."""
+    for arg in args:
+        if isinstance(arg, (list, tuple)):
+            found = namespace_of(arg)
+        else:
+            found = arg.__array_namespace__() if hasattr(arg, "__array_namespace__") else numpy
+        if found is not numpy:
+            return found
+    return numpy
+
+
+class _Namespace:
+    """`np.exp(x)` is `numpy.exp(x)` or `jax.numpy.exp(x)`, as x demands; `np.float32` and `np.pi` are NumPy's own."""
+
+    def __getattr__(self, name):
+        own = getattr(numpy, name)
+        if isinstance(own, type) or not callable(own):
+            return own
+
+        def follow(*args, **kwargs):
+            return getattr(namespace_of(args), name)(*args, **kwargs)
+
+        setattr(self, name, follow)  # looked up once, then an ordinary attribute
+        return follow
+
+
+np = _Namespace()
+
+
+def keeps_dtype(layer):
+    """A layer whose result has the dtype of its first argument.
+
+    float32 and float64 do so by themselves. NumPy has no bfloat16 arithmetic of its own and answers in float32.
+    """
+
+    @functools.wraps(layer)
+    def wrapped(x, *args, **kwargs):
+        y = layer(x, *args, **kwargs)
+        return y.astype(x.dtype) if x.dtype.itemsize == 2 else y
+
+    return wrapped
+
+
+def in_float32(layer):
+    """A layer that takes a bfloat16 argument to float32, computes there, and rounds only its result.
+
+    bfloat16 carries 8 significant bits: a sum of a thousand such terms would lose the small ones on the way.
+    """
+
+    @functools.wraps(layer)
+    def wrapped(x, *args, **kwargs):
+        return layer(x.astype(numpy.float32) if x.dtype.itemsize == 2 else x, *args, **kwargs)
+
+    return wrapped

@@ -1,0 +1,60 @@
+"""What a backend does, in plain NumPy. Lay it beside jax_backend.py, the same names: here stands what they mean."""
+
+import numpy
+
+
+def asarray(tree):
+    """A nest of arrays, dicts, lists and tuples: the same nest with NumPy arrays, their dtypes unchanged."""
+    if isinstance(tree, dict):
+        return {key: asarray(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(asarray(value) for value in tree)
+    return numpy.asarray(tree)
+
+
+def to_numpy(tree):
+    """A nest of this backend's arrays -> the same nest of NumPy arrays."""
+    return asarray(tree)
+
+
+def jit(f, donate_argnums=()):
+    """f, to be called many times with arguments of the same shapes; of a donated argument only the result lives on.
+
+    NumPy has nothing to compile. f must be pure: no result may depend on anything but the arguments.
+    """
+    return f
+
+
+def vmap(f, in_axes=0):
+    """f for one -> f for a batch: the arguments whose axis is 0 hold one per row, those with None serve all rows.
+
+    A loop, and the results stacked: an array, or a tuple of arrays where f returns a tuple.
+    """
+
+    def batched(*args):
+        axes = in_axes if isinstance(in_axes, (tuple, list)) else [in_axes] * len(args)
+        if set(axes) - {0, None}:
+            raise ValueError(f"in_axes {in_axes!r}: each must be 0 or None")
+        n_batch = next(len(arg) for arg, axis in zip(args, axes, strict=True) if axis == 0)
+        rows = [
+            f(*(arg if axis is None else arg[i] for arg, axis in zip(args, axes, strict=True))) for i in range(n_batch)
+        ]
+        if isinstance(rows[0], tuple):
+            return tuple(numpy.stack(column) for column in zip(*rows, strict=True))
+        return numpy.stack(rows)
+
+    return batched
+
+
+def update(buffer, new, start):
+    """`buffer` with `new` written at the indices `start`, one for each axis. Go on with what is returned, only that.
+
+    Here the buffer itself is written to, as no copy is needed then. Raises ValueError where `new` does not fit.
+    """
+    buffer[tuple(slice(i, i + n) for i, n in zip(start, new.shape, strict=True))] = new
+    return buffer
+
+
+def value_and_grad(f):
+    """Raises NotImplementedError: NumPy forgets how it came by a value, so it cannot tell how it would change."""
+    raise NotImplementedError("gradients need the jax backend: NumPy keeps no record of how a value was computed")

@@ -1,0 +1,206 @@
+"""Text to token ids and back: GPT-2's byte-level byte-pair encoding (BPE).
+
+A model counts; it cannot read. A tokenizer cuts text into pieces from a fixed vocabulary and hands over their numbers:
+
+    "hello world"  ->  ["hello", " world"]  ->  [31373, 995]
+
+Four steps, each a few lines below:
+1. The text is split into words, numbers, runs of signs and runs of white space. No token reaches across such a border.
+2. Each piece becomes bytes (UTF-8), so that 256 symbols suffice for every text in the world: nothing is ever unknown.
+3. Inside a piece, neighbours are merged, the pair with the lowest rank first: the rank is its line in vocab.bpe, where
+   the pair most frequent in the training text stands first. This goes on until no neighbours have a rank.
+4. Each symbol that is left has an id in encoder.json.
+
+Decoding is a concatenation of bytes. A token may end in the middle of a character: see `Encoder.stream`.
+
+Sources: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", §3.2 (BPE);
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", §2.2 (on bytes).
+"""
+
+import codecs
+import functools
+import heapq
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import regex
+
+END_OF_TEXT = "<|endoftext|>"  # stands between the documents a model was trained on; the one special token of GPT-2
+
+PIECES = regex.compile(
+    "|".join(
+        [
+            r"'s|'t|'re|'ve|'m|'ll|'d",  # English endings: it|'s, don|'t
+            r" ?\p{L}+",  # letters, with the space before them: " world" is one piece
+            r" ?\p{N}+",  # digits, likewise
+            r" ?[^\s\p{L}\p{N}]+",  # signs, likewise
+            r"\s+(?!\S)",  # white space, but for its last character if a word follows (which takes a space along)
+            r"\s+",
+        ]
+    )
+)
+
+
+def byte_spellings():
+    """{byte: character}: the printable stand-in under which the vocabulary files spell each of the 256 bytes.
+
+    Those that print well spell themselves. The other 68 (controls, space, newline, ...) take the characters from 256
+    on, in order, so a space is written "Ġ" (32 -> 288) and a newline "Ċ" (10 -> 266).
+    """
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+SPELL = byte_spellings()
+UNSPELL = {ord(character): byte for byte, character in SPELL.items()}
+
+
+class Encoder:
+    """`ids` is {spelling: id}, as in encoder.json; `merges` lists pairs of spellings, as in vocab.bpe, best first."""
+
+    def __init__(self, ids, merges):
+        self.ids = ids
+        self.spellings = {i: spelling for spelling, i in ids.items()}
+        self.ranks = dict(zip(merges, range(len(merges)), strict=True))
+        self.end_of_text = ids.get(END_OF_TEXT)
+        # Text repeats its words: remembered are the last 65,536 different pieces, but no monster among them.
+        self._cached_encode_piece = functools.lru_cache(maxsize=2**16)(self._encode_piece)
+
+    def encode(self, text, allowed_special=()):
+        """str -> list of ids. Never fails on a text: a lone surrogate, which no UTF-8 can hold, counts as U+FFFD.
+
+        "<|endoftext|>" is thirteen ordinary characters, unless allowed_special contains it: whoever typed it into a
+        prompt may not know that it ends a document. Raises ValueError for any other special token.
+        """
+        text = replace_lone_surrogates(text)
+        allowed_special = {allowed_special} if isinstance(allowed_special, str) else set(allowed_special)
+        if unknown := allowed_special - {END_OF_TEXT} or allowed_special - self.ids.keys():
+            raise ValueError(f"{unknown.pop()!r} is no special token of this encoder")
+        if not allowed_special:
+            return self._encode_ordinary(text)
+        first, *others = text.split(END_OF_TEXT)
+        ids = self._encode_ordinary(first)
+        for part in others:
+            ids += [self.end_of_text, *self._encode_ordinary(part)]
+        return ids
+
+    def decode(self, ids):
+        """ids -> str. Bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id outside the vocabulary."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def stream(self, ids):
+        """Any iterable of ids -> an iterator over pieces of text, each as soon as its last character is complete.
+
+        Joined, the pieces are what decode gives. An emoji is four bytes, often in three tokens: the first two give
+        nothing. Bytes still missing when ids end become U+FFFD then.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in ids:
+            if piece := decoder.decode(self.token_bytes(i)):
+                yield piece
+        if piece := decoder.decode(b"", final=True):
+            yield piece
+
+    def token_bytes(self, i):
+        """One id -> its bytes, which need not be whole characters."""
+        if i not in self.spellings:
+            raise ValueError(f"token id {i} is not in the vocabulary of {len(self.spellings)} tokens")
+        return self.spellings[i].translate(UNSPELL).encode("latin-1")
+
+    def _encode_ordinary(self, text):
+        ids = []
+        for piece in PIECES.findall(text):
+            ids += self._cached_encode_piece(piece) if len(piece) <= 64 else self._encode_piece(piece)
+        return ids
+
+    def _encode_piece(self, piece):
+        symbols = merge([SPELL[byte] for byte in piece.encode("utf-8")], self.ranks)
+        try:
+            return [self.ids[symbol] for symbol in symbols]
+        except KeyError as missing:
+            raise ValueError(
+                f"encoder.json has no id for {missing}, which vocab.bpe leads to: do they match?"
+            ) from None
+
+
+def merge(symbols, ranks):
+    """Merges neighbours, lowest rank first and from left to right, until no two have a rank.
+
+        merge(list("hello"), {("l", "l"): 0, ("h", "e"): 1, ("he", "ll"): 2})  ->  ["hell", "o"]
+
+    symbols is a list of n strings, ranks {(left, right): rank}. Searching the whole list for the best pair after each
+    merge would cost O(n²), minutes for a line of a million dashes. Here the places where a pair stands wait in a
+    bucket by its rank, and a merge looks only at the two new pairs it makes: O(n log n), the log from sorting buckets.
+    """
+    symbols = [*symbols, ""]  # "" marks the end, and what was merged away: no ranked pair contains it
+    # Who stands next to whom, as they become fewer: a ring, closed by the end mark, so that nobody is on the edge.
+    before, after = list(range(-1, len(symbols) - 1)), [*range(1, len(symbols)), 0]
+    buckets, queue = defaultdict(list), []  # {rank: places of its pairs}; a heap of these ranks
+
+    def wait(place):
+        rank = ranks.get((symbols[place], symbols[after[place]]))
+        if rank is not None:
+            if rank not in buckets:
+                heapq.heappush(queue, rank)
+            buckets[rank].append(place)
+
+    for place in range(len(symbols) - 1):
+        wait(place)
+    while queue:
+        rank = heapq.heappop(queue)
+        for left in sorted(buckets.pop(rank)):
+            right = after[left]
+            if ranks.get((symbols[left], symbols[right])) != rank:
+                continue  # an earlier merge took one of the two
+            symbols[left], symbols[right] = symbols[left] + symbols[right], ""
+            after[left] = after[right]
+            before[after[right]] = left
+            wait(before[left])
+            wait(left)
+    return [symbol for symbol in symbols if symbol]
+
+
+def replace_lone_surrogates(text):
+    """Half a surrogate pair (from a broken file name, say) becomes U+FFFD; two halves become their character."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def read_text(path):
+    """The text of a file in UTF-8. Raises OSError naming the file if it cannot be read or holds something else."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OSError(f"{path}: no UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def read_json(path):
+    """The object in a JSON file. Raises OSError naming the file if it cannot be read or holds something else."""
+    try:
+        found = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise OSError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise OSError(f"{path}: a JSON object was expected, not {type(found).__name__}")
+    return found
+
+
+def get_encoder(model_size, models_dir):
+    """The Encoder of the model folder models_dir/model_size: OpenAI's encoder.json and vocab.bpe, or the same two under
+    Hugging Face's names, vocab.json and merges.txt. Raises OSError naming the file that is missing or damaged."""
+    folder = Path(models_dir) / model_size
+    names = ("encoder.json", "vocab.bpe") if (folder / "encoder.json").exists() else ("vocab.json", "merges.txt")
+    lines = read_text(folder / names[1]).splitlines()
+    lines = lines[1:] if lines[0].startswith("#version") else lines  # only there: "# #" is a merge like any other
+    merges = [tuple(line.split(" ")) for line in lines if line]
+    if any(len(pair) != 2 for pair in merges):
+        raise OSError(f"{folder / names[1]}: a line is not two symbols with a space between them")
+    ids = read_json(folder / names[0])
+    if any(type(i) is not int for i in ids.values()):
+        raise OSError(f"{folder / names[0]}: a token without a whole number")
+    return Encoder(ids, merges)

@@ -1,0 +1,207 @@
+"""GPT-2 from the smallest part to the whole. Read from top to bottom: each function uses only what stands above it.
+
+A language model is a function: token ids go in, and for each of them come out n_vocab scores (logits), one for every
+token that might stand next. To write, take the best one, append it, and ask again. That is all of `generate`.
+
+The parameters are a nested dict with the names of OpenAI's checkpoint, so `**params` *is* the call (checkpoint.py reads
+it, encoder.py turns text into ids and back). The arrays decide who computes, NumPy or JAX (backends/__init__.py).
+
+Sizes          n_seq tokens at hand, n_ctx at most; n_vocab known tokens; n_embd numbers stand for one token;
+               n_layer blocks; n_head heads of d_head = n_embd / n_head numbers each.
+Shapes         `# [in] -> [out]` ends every line that changes a shape.
+Dtypes         what goes in comes out: float32, float64 or bfloat16. Scalars are Python's (math.sqrt), because a NumPy
+               float64 scalar would turn every float32 that it touches into float64.
+[GPT-2]        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
+[Transformer]  Vaswani et al. 2017, "Attention Is All You Need"
+"""
+
+import math
+
+import cli
+import utils
+from backends import in_float32, keeps_dtype, np
+
+# ---- The parts ----
+
+
+@keeps_dtype
+@in_float32
+def gelu(x):
+    """Lets positive numbers through and mutes negative ones, smoothly (Hendrycks & Gimpel 2016, section 2).
+
+    The tanh form, not the exact one with erf: GPT-2 was trained with it, and the two differ by up to 5e-4.
+    """
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+@keeps_dtype
+@in_float32
+def softmax(x):
+    """Scores to probabilities: positive, and summing to 1 along the last axis."""
+    # A shift common to all scores changes nothing, and below a maximum of 0 no exp can overflow.
+    exp_x = np.exp(x - np.max(x, axis=-1, keepdims=True))
+    return exp_x / np.sum(exp_x, axis=-1, keepdims=True)
+
+
+@keeps_dtype
+@in_float32
+def layer_norm(x, g, b, eps=1e-5):
+    """Each [n_embd] vector of x to mean 0 and variance 1, then scaled by g and shifted by b, both [n_embd] (Ba et al.
+    2016, section 3). eps keeps a constant vector from being divided by zero."""
+    centred = x - np.mean(x, axis=-1, keepdims=True)
+    variance = np.mean(centred * centred, axis=-1, keepdims=True)  # [..., n_embd] -> [..., 1]
+    return g * (centred / np.sqrt(variance + eps)) + b
+
+
+@keeps_dtype
+def linear(x, w, b):
+    """w is [n_in, n_out] as in the checkpoint, b is [n_out]."""
+    return x @ w + b  # [..., n_in] -> [..., n_out]
+
+
+# ---- The block: each token looks at those before it (mha), then thinks for itself (ffn) ----
+
+
+@keeps_dtype
+@in_float32
+def attention(q, k, v, mask):
+    """Each query gets the mean of the values, weighted by how well their keys match it ([Transformer] section 3.2.1).
+
+    q is [..., n_query, d_head]; k and v are [..., n_key, d_head].
+    mask is boolean, [n_query, n_key]: True where that query may look at that key.
+    """
+    # A dot product of d_head random terms spreads by sqrt(d_head). Undone, or softmax would see one key only.
+    scores = q @ k.mT / math.sqrt(q.shape[-1])  # [..., n_query, d_head] -> [..., n_query, n_key]
+    # -1e10 is OpenAI's stand-in for minus infinity: its exp is exactly 0, and no NaN can come of it.
+    weights = softmax(np.where(mask, scores, -1e10))
+    return weights @ v  # [..., n_query, n_key] -> [..., n_query, d_head]
+
+
+def split_heads(x, n_head):
+    """Cuts each vector into n_head pieces; the heads then are an axis, and one product serves them all."""
+    n_seq, n_embd = x.shape
+    return x.reshape(n_seq, n_head, n_embd // n_head).swapaxes(0, 1)  # [n_seq, n_embd] -> [n_head, n_seq, d_head]
+
+
+def merge_heads(x):
+    """Undoes split_heads."""
+    n_head, n_seq, d_head = x.shape
+    return x.swapaxes(0, 1).reshape(n_seq, n_head * d_head)  # [n_head, n_seq, d_head] -> [n_seq, n_embd]
+
+
+def mha(x, c_attn, c_proj, n_head):
+    """Multi-head causal self-attention ([Transformer] section 3.2.2): n_head small attentions side by side, each free
+    to look for something else. c_attn makes queries, keys and values of x in one product."""
+    qkv = linear(x, **c_attn)  # [n_seq, n_embd] -> [n_seq, 3*n_embd]
+    q, k, v = np.split(qkv, 3, axis=-1)  # [n_seq, 3*n_embd] -> 3 of [n_seq, n_embd]
+    q, k, v = (split_heads(part, n_head) for part in (q, k, v))  # [n_seq, n_embd] -> [n_head, n_seq, d_head]
+    # Causal: row i is True up to column i. A token that saw its successors would have nothing left to predict.
+    mask = np.tri(len(x), dtype=bool)  # -> [n_seq, n_seq]
+    x = merge_heads(attention(q, k, v, mask))  # [n_head, n_seq, d_head] -> [n_seq, n_embd]
+    return linear(x, **c_proj)
+
+
+def ffn(x, c_fc, c_proj):
+    """The position-wise feed-forward network ([Transformer] section 3.3), four times as wide inside."""
+    a = gelu(linear(x, **c_fc))  # [n_seq, n_embd] -> [n_seq, 4*n_embd]
+    return linear(a, **c_proj)  # [n_seq, 4*n_embd] -> [n_seq, n_embd]
+
+
+def transformer_block(x, mlp, attn, ln_1, ln_2, n_head):
+    """x is [n_seq, n_embd] and stays so: both parts add to it. Layer norm comes before each part, not after it as in
+    [Transformer], and once more after the last block ([GPT-2] section 2.3)."""
+    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head)
+    return x + ffn(layer_norm(x, **ln_2), **mlp)
+
+
+# ---- The whole ----
+
+
+def embed(inputs, wte, wpe):
+    """What each token is (its row of wte) plus where it stands (row 0, 1, 2, ... of wpe)."""
+    return wte[np.asarray(inputs)] + wpe[: len(inputs)]  # [n_seq] -> [n_seq, n_embd]
+
+
+@keeps_dtype
+def unembed(x, wte):
+    """How well x matches each token, by the very vectors that tokens came in as (Press & Wolf 2017)."""
+    return x @ wte.T  # [..., n_embd] -> [..., n_vocab]
+
+
+def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):
+    """The logits: row i scores the candidates for position i + 1 ([GPT-2] section 2.3).
+
+    inputs are [n_seq] ids; wte is [n_vocab, n_embd], wpe [n_ctx, n_embd]; blocks and ln_f hold the arguments of the
+    functions above. Ids are not checked here, where they may be traced and have no value yet: see check_inputs.
+    """
+    x = embed(inputs, wte, wpe)  # [n_seq] -> [n_seq, n_embd]
+    for block in blocks:
+        x = transformer_block(x, **block, n_head=n_head)
+    return unembed(layer_norm(x, **ln_f), wte)  # [n_seq, n_embd] -> [n_seq, n_vocab]
+
+
+def generate(inputs, params, n_head, n_tokens_to_generate):
+    """The list of ids that follows the list `inputs`, the likeliest one each time. `inputs` stays as it is.
+
+    The loop to read, not the fast one: for each new token all earlier ones pass through the model again.
+    Raises ValueError as check_inputs does.
+    """
+    check_inputs(inputs, n_tokens_to_generate, n_vocab=len(params["wte"]), n_ctx=len(params["wpe"]))
+    ids = list(inputs)
+    for _ in range(n_tokens_to_generate):
+        logits = gpt2(ids, **params, n_head=n_head)  # [n_seq] -> [n_seq, n_vocab]
+        ids.append(int(np.argmax(logits[-1])))  # [n_vocab] -> one id
+    return ids[len(inputs) :]
+
+
+def check_inputs(inputs, n_new, n_vocab, n_ctx):
+    """Raises ValueError unless all ids are in the vocabulary and the prompt and n_new more fit into n_ctx. Asked once,
+    up front: NumPy would take id -1 for the last row, JAX any id too large for the last one."""
+    n_seq = len(inputs)
+    if n_seq == 0 or n_new < 0:
+        raise ValueError(f"{n_seq} input ids and {n_new} new tokens: there must be at least 1 and at least 0")
+    if n_seq + n_new > n_ctx:
+        raise ValueError(
+            f"prompt {n_seq} + {n_new} new = {n_seq + n_new} tokens > n_ctx {n_ctx}, all that this model can see: "
+            f"shorten the prompt or generate at most {max(n_ctx - n_seq, 0)}"
+        )
+    if bad := [i for i in inputs if not 0 <= i < n_vocab]:
+        raise ValueError(f"token id {bad[0]} is outside the vocabulary: ids go from 0 to {n_vocab - 1}")
+
+
+# ---- The front door: python gpt2.py "prompt" ----
+
+
+# fmt: off
+def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = "", models_dir: str = "",
+         prompt_file: str = "", base_url: str = ""):
+    # fmt: on
+    """GPT-2 goes on with your text. The new text alone goes to stdout, as it comes; all else to stderr.
+
+    Args:
+        prompt: the text to go on with; without one the model starts a text of its own
+        n_tokens_to_generate: how many tokens (words or parts of words) to add, 0 to n_ctx less the prompt's
+        model_size: 124M, 355M, 774M, 1558M, 3M or a model folder; left out, 124M, or 3M where that cannot be had
+        models_dir: where the folders of models are; left out, models/ beside this file
+        prompt_file: a UTF-8 file to read the prompt from, - for stdin
+        base_url: where to download from instead of OpenAI's address
+    """
+    prompt = utils.read_prompt(prompt, prompt_file)
+    encoder, hparams, params = utils.load_model(model_size, models_dir, base_url)
+    inputs = encoder.encode(prompt) or [encoder.end_of_text]
+    check_inputs(inputs, n_tokens_to_generate, hparams["n_vocab"], hparams["n_ctx"])
+
+    def new_ids(ids):
+        for _ in range(n_tokens_to_generate):
+            ids = ids + generate(ids, params, hparams["n_head"], 1)
+            if ids[-1] == encoder.end_of_text and not utils.is_openai(hparams):
+                return
+            yield ids[-1]
+
+    for piece in encoder.stream(new_ids(inputs)):
+        print(piece, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    cli.run(main, "gpt2.py")

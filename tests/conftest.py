@@ -1,0 +1,80 @@
+"""What several tests stand on. The golden numbers come from an independent float64 implementation (PyTorch)."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import checkpoint
+import cli
+import gpt2
+import utils
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "gpt2_random"
+SHARED = ROOT.parent / "shared"  # large data that is not part of the repository
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The golden model: encoder, hparams, params in float32, and what is known of it."""
+    encoder, hparams, params = utils.load_encoder_hparams_and_params(str(GOLDEN))
+    cases = json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))["cases"]
+    return {
+        "encoder": encoder,
+        "hparams": hparams,
+        "params": params,
+        "cases": cases,
+        "arrays": np.load(GOLDEN / "golden.npz"),
+    }
+
+
+@pytest.fixture(scope="session")
+def storyteller():
+    return utils.load_encoder_hparams_and_params("3M")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a program's main as from the command line, in this process: (exit status, stdout, stderr)."""
+
+    def run(*argv, main=gpt2.main):
+        monkeypatch.setattr(sys, "argv", ["program", *argv])
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(main, "program")
+        out, err = capsys.readouterr()
+        return stopped.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """The network's address book is empty, on whatever machine this runs."""
+
+    def nowhere(*_args, **_kwargs):
+        raise OSError("the test has no network")
+
+    monkeypatch.setattr("socket.getaddrinfo", nowhere)
+
+
+def shared(name):
+    """A path in SHARED; skips the test where it is absent."""
+    if not (path := SHARED / name).exists():
+        pytest.skip(f"needs {name} in a folder `shared` beside the repository")
+    return path
+
+
+def cast(params, dtype):
+    return checkpoint.map_params(lambda _path, array: array.astype(dtype), params)
+
+
+def random_params(n_vocab=11, n_ctx=8, n_embd=6, n_head=2, n_layer=2, seed=0):
+    """A tiny model with random numbers everywhere, g and b too, so that no term can hide behind a 0 or a 1."""
+    rng = np.random.default_rng(seed)
+    shapes = checkpoint.param_shapes(n_vocab, n_ctx, n_embd, n_head, n_layer)
+    return checkpoint.map_params(lambda _path, shape: rng.normal(size=shape).astype(np.float32), shapes)

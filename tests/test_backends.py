@@ -1,0 +1,80 @@
+"""`np` that follows its arguments, and the contract that every backend keeps."""
+
+import numpy
+import pytest
+
+import backends
+from backends import np
+
+BACKENDS = [pytest.param(backends.get(name), id=name) for name in backends.NAMES]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def test_np_is_numpy_for_numpy_and_for_no_array_at_all():
+    assert type(np.exp(numpy.zeros(3))) is numpy.ndarray
+    assert type(np.tri(3, dtype=bool)) is numpy.ndarray
+    assert np.float32 is numpy.float32
+    assert np.pi is numpy.pi
+    assert np.concatenate([numpy.zeros(2), numpy.ones(1)]).tolist() == [0, 0, 1]
+    with pytest.raises(AttributeError):
+        np.no_such_function  # noqa: B018
+
+
+def test_np_looks_names_up_once():
+    np.exp(numpy.zeros(1))
+    assert np.exp is np.exp
+
+
+def nest(backend):
+    return backend.asarray({"a": numpy.arange(3, dtype=numpy.float32), "b": [(numpy.zeros((2, 2), numpy.int32),)]})
+
+
+def test_asarray_and_to_numpy_keep_nest_and_dtype(backend):
+    there = nest(backend)
+    assert there["a"].dtype == numpy.float32
+    back = backend.to_numpy(there)
+    assert isinstance(back["b"], list)
+    assert isinstance(back["b"][0], tuple)
+    assert type(back["a"]) is type(back["b"][0][0]) is numpy.ndarray
+    assert back["b"][0][0].dtype == numpy.int32
+    assert back["a"].tolist() == [0, 1, 2]
+
+
+def test_jit_changes_no_result(backend):
+    x = backend.asarray(numpy.arange(4.0, dtype=numpy.float32))
+    assert backend.to_numpy(backend.jit(lambda tree: tree["x"] * 2)({"x": x})).tolist() == [0, 2, 4, 6]
+
+
+def test_vmap_maps_axis_0_and_shares_none(backend):
+    w, x = backend.asarray((numpy.float32([[1, 2], [3, 4]]), numpy.float32([[1, 0], [0, 1], [1, 1]])))
+    batched = backend.vmap(lambda tree, row: (tree["w"] @ row, row.sum()), in_axes=(None, 0))
+    y, total = backend.to_numpy(batched({"w": w}, x))
+    assert y.tolist() == [[1, 3], [2, 4], [3, 7]]
+    assert total.tolist() == [1, 1, 2]
+    assert backend.to_numpy(backend.vmap(lambda row: row * 2)(x)).shape == (3, 2)
+
+
+def test_update_returns_the_buffer_with_the_new_part(backend):
+    buffer, new = backend.asarray((numpy.zeros((3, 4), numpy.float32), numpy.ones((1, 2), numpy.float32)))
+    for start in [(1, 2), (numpy.int32(1), numpy.int32(2))]:
+        after = backend.to_numpy(backend.update(buffer, new, start))
+        assert after.tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]
+
+
+def test_unknown_backends_are_refused():
+    with pytest.raises(ValueError, match="unknown backend 'torch'"):
+        backends.get("torch")
+
+
+def test_numpy_says_why_it_has_no_gradients():
+    with pytest.raises(NotImplementedError, match="gradients need the jax backend"):
+        backends.get("numpy").value_and_grad(abs)
+
+
+def test_numpy_refuses_what_does_not_fit():
+    with pytest.raises(ValueError):
+        backends.get("numpy").update(numpy.zeros(3), numpy.ones(2), (2,))

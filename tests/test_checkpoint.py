@@ -1,0 +1,193 @@
+"""The checkpoint reader against TensorFlow's, and damage of every kind."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, ROOT, random_params
+
+import checkpoint
+import utils
+
+SMALL = {"n_vocab": 11, "n_ctx": 8, "n_embd": 6, "n_head": 2, "n_layer": 12}
+
+
+def flat(params):
+    found = {}
+    checkpoint.map_params(lambda path, array: found.update({checkpoint.tf_name(path): array}), params)
+    return found
+
+
+def write_with_tensorflow(prefix, tensors):
+    tf = pytest.importorskip("tensorflow").compat.v1
+    with tf.Graph().as_default(), tf.Session() as session:
+        variables = {name: tf.Variable(array) for name, array in tensors.items()}
+        session.run(tf.global_variables_initializer())
+        tf.train.Saver(variables).save(session, str(prefix), write_meta_graph=False)
+
+
+def as_openai_stores_it(params):
+    return {name: array[None] if name.endswith("/w") else array for name, array in flat(params).items()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(GOLDEN, tmp_path / "model", ignore=shutil.ignore_patterns("golden*"))
+
+
+def load(folder):
+    return utils.load_encoder_hparams_and_params(folder.name, folder.parent)
+
+
+@pytest.mark.parametrize("model", [GOLDEN, ROOT / "models" / "3M"], ids=["golden", "3M"])
+def test_every_tensor_equals_tensorflows(model):
+    tf = pytest.importorskip("tensorflow")
+    reader = tf.train.load_checkpoint(str(model / "model.ckpt"))
+    ours = flat(load(model)[2])
+    shapes = reader.get_variable_to_shape_map()
+    assert ours.keys() == shapes.keys()
+    for name, array in ours.items():
+        assert array.dtype == np.float32
+        assert type(array) is np.ndarray
+        assert np.array_equal(array, reader.get_tensor(name).reshape(array.shape)), name
+
+
+def test_a_checkpoint_with_more_than_ten_layers_and_an_optimizer(tmp_path):
+    params = random_params(**SMALL)
+    extra = {"global_step": np.int64(7), "adam/m": np.ones(5, np.float32)}
+    write_with_tensorflow(tmp_path / "model.ckpt", {**as_openai_stores_it(params), **extra})
+    loaded = checkpoint.load_gpt2_params_from_tf_ckpt(tmp_path / "model.ckpt", SMALL)
+    for name, array in flat(params).items():
+        assert np.array_equal(flat(loaded)[name], array), name
+
+
+def test_a_table_of_many_blocks(tmp_path):
+    """4 kB fill a block of the index; 48 layers take several."""
+    hparams = {"n_vocab": 3, "n_ctx": 2, "n_embd": 2, "n_head": 1, "n_layer": 48}
+    params = random_params(**hparams)
+    write_with_tensorflow(tmp_path / "model.ckpt", as_openai_stores_it(params))
+    assert (tmp_path / "model.ckpt.index").stat().st_size > 8192
+    loaded = checkpoint.load_gpt2_params_from_tf_ckpt(tmp_path / "model.ckpt", hparams)
+    assert all(np.array_equal(array, flat(loaded)[name]) for name, array in flat(params).items())
+
+
+def test_hugging_face_folders_load_the_same():
+    _, hparams, params = load(GOLDEN)
+    encoder_hf, hparams_hf, params_hf = load(GOLDEN / "hf")
+    assert hparams == hparams_hf
+    assert encoder_hf.encode("Once upon a time") == [404, 425, 258, 378]
+    for name, array in flat(params).items():
+        assert np.array_equal(flat(params_hf)[name], array), name
+
+
+def test_params_may_be_changed_and_the_file_is_not(folder):
+    before = (folder / utils.DATA).read_bytes()
+    params = load(folder)[2]
+    params["wte"][0] = 7
+    params["blocks"][0]["attn"]["c_attn"]["w"] *= 0
+    assert (folder / utils.DATA).read_bytes() == before
+
+
+def test_param_shapes_count_what_openai_published():
+    def count(n_embd, n_head, n_layer):
+        total = []
+        shapes = checkpoint.param_shapes(50257, 1024, n_embd, n_head, n_layer)
+        checkpoint.map_params(lambda _path, shape: total.append(math.prod(shape)), shapes)
+        return sum(total)
+
+    assert count(768, 12, 12) == 124_439_808  # times 4: the 497,759,232 bytes of its data file
+    assert count(1024, 16, 24) == 354_823_168
+
+
+def damage_data(folder, how):
+    data = bytearray((folder / utils.DATA).read_bytes())
+    (folder / utils.DATA).write_bytes(how(data))
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+DAMAGES = {
+    "truncated data": (lambda f: damage_data(f, lambda d: d[:-10]), [utils.DATA, "model/wte", "cut short"]),
+    "empty data": (lambda f: damage_data(f, lambda d: b""), [utils.DATA, "empty"]),
+    "no data": (lambda f: (f / utils.DATA).unlink(), [utils.DATA, "No such file"]),
+    "no index": (lambda f: (f / utils.INDEX).unlink(), [utils.INDEX, "No such file"]),
+    "no checkpoint": (lambda f: (f / "checkpoint").unlink(), ["checkpoint", "No such file"]),
+    "no hparams": (lambda f: (f / "hparams.json").unlink(), ["hparams.json", "No such file"]),
+    "wrong shape": (lambda f: edit_json(f / "hparams.json", n_ctx=97), ["model/wpe is [96, 48]", "[97, 48]"]),
+    "a layer too few": (lambda f: edit_json(f / "hparams.json", n_layer=2), ["model/h2/", "has no place"]),
+    "a layer too many": (lambda f: edit_json(f / "hparams.json", n_layer=4), ["model/h3/", "is missing", "more"]),
+    "absurd number": (lambda f: edit_json(f / "hparams.json", n_head=-4), ["hparams.json", "n_head", "-4"]),
+    "not a number": (lambda f: edit_json(f / "hparams.json", n_embd="48"), ["hparams.json", "n_embd", "'48'"]),
+    "n_head": (lambda f: edit_json(f / "hparams.json", n_head=5), ["n_embd 48", "n_head 5"]),
+    "other tokenizer": (lambda f: edit_json(f / "encoder.json", new=512), ["ids up to 512", "n_vocab is 512"]),
+    "wrong JSON": (lambda f: (f / "hparams.json").write_text("{"), ["hparams.json", "not JSON"]),
+    "a web page": (lambda f: (f / utils.INDEX).write_text("<html>" * 20), [utils.INDEX, "no index"]),
+    "no name": (lambda f: (f / "checkpoint").write_text("<html>"), ["checkpoint", "model_checkpoint_path"]),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_one_line_that_names_file_and_tensor(folder, kind, command):
+    damage, words = DAMAGES[kind]
+    damage(folder)
+    with pytest.raises(OSError) as raised:
+        load(folder)
+    assert all(word in str(raised.value) for word in words), raised.value
+    status, out, err = command("hello", "--model_size", str(folder))
+    assert (status, out, err.count("\n")) == (1, "", 1)
+
+
+def test_every_flipped_byte_of_the_index_is_noticed(folder):
+    good = (folder / utils.INDEX).read_bytes()
+    expected = checkpoint.read_index(folder / utils.INDEX)
+    unnoticed = 0
+    for i in range(len(good)):
+        (folder / utils.INDEX).write_bytes(good[:i] + bytes([good[i] ^ 0x10]) + good[i + 1 :])
+        try:
+            unnoticed += checkpoint.read_index(folder / utils.INDEX) != expected
+        except OSError as error:
+            assert utils.INDEX in str(error)
+    assert unnoticed == 0
+
+
+def test_verify_finds_a_flipped_byte_and_names_the_tensor(folder, command):
+    entry = checkpoint.read_index(folder / utils.INDEX)["model/h1/mlp/c_fc/w"]
+
+    def flip(data):
+        data[entry.offset + 5] ^= 1
+        return data
+
+    assert command("verify", str(folder), main={"verify": utils.verify})[0] == 0
+    damage_data(folder, flip)
+    load(folder)  # not noticed here: loading reads no tensor, and that is why it is fast
+    status, out, _ = command("verify", str(folder), main={"verify": utils.verify})
+    assert (status, out.count("\n")) == (1, 1)
+    assert utils.DATA in out
+    assert "model/h1/mlp/c_fc/w has checksum" in out
+
+
+def test_verify_lists_each_truncated_tensor(folder, command):
+    damage_data(folder, lambda data: data[: len(data) // 2])
+    status, out, _ = command("verify", str(folder), main={"verify": utils.verify})
+    cut = [e for e in checkpoint.read_index(folder / utils.INDEX).values() if e.offset + e.size > 456384 // 2]
+    assert (status, out.count("\n")) == (1, len(cut))
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "gelu"])
+def test_damaged_hugging_face_folders(tmp_path, damage, command):
+    folder = shutil.copytree(GOLDEN / "hf", tmp_path / "hf")
+    weights = folder / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        edit_json(folder / "config.json", activation_function="gelu")
+    with pytest.raises(OSError, match={"gelu": "activation_function is 'gelu'"}.get(damage, "model.safetensors")):
+        load(folder)
+    status, out, _ = command("verify", str(folder), main={"verify": utils.verify})
+    assert (status, out.count("\n")) == (1, 1)

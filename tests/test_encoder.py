@@ -1,0 +1,226 @@
+"""The tokenizer against tiktoken and tokenizers built from the same two files, published ids, and hard texts."""
+
+import random
+
+import pytest
+from conftest import GOLDEN, ROOT, SHARED, shared
+
+import encoder
+
+LONG_EXAMPLE = "292 7568 355 7568 292 7568 257 3228 11 2488 15498 860 292 7568 3829 292 7568 74"
+PUBLISHED = {  # tiktoken's tests/test_encoding.py, picoGPT's README, and the tests of LLMs-from-scratch
+    "hello world": [31373, 995],
+    "": [],
+    "0": [15],
+    "00": [405],
+    "000": [830],
+    "0000": [2388],
+    "00000": [20483],
+    "000000": [10535],
+    "0000000": [24598],
+    "00000000": [8269],
+    "0" * 9: [10535, 830],
+    "0" * 10: [8269, 405],
+    "0" * 16: [25645],
+    "0" * 17: [8269, 10535, 830],
+    "Not all heroes wear capes.": [3673, 477, 10281, 5806, 1451, 274, 13],
+    "Hello, world. Is this-- a test?": [15496, 11, 995, 13, 1148, 428, 438, 257, 1332, 30],
+    "This is some text": [1212, 318, 617, 2420],
+    "Implementations": [3546, 26908, 602],
+    "asdf asdfasdf a!!, @aba 9asdf90asdfk": [int(i) for i in LONG_EXAMPLE.split()],
+    "\n": [198],
+    "Hello, I am": [15496, 11, 314, 716],
+    "Every effort moves you": [6109, 3626, 6100, 345],
+    "London": [23421],
+    " London": [3576],
+}
+FOLDERS = {  # the two small tokenizers are part of the repository, OpenAI's is not
+    "golden": GOLDEN,
+    "3M": ROOT / "models" / "3M",
+    "openai": SHARED / "gpt2_bpe",
+}
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def folder(request):
+    if not FOLDERS[request.param].exists():
+        pytest.skip("needs gpt2_bpe in a folder `shared` beside the repository")
+    return FOLDERS[request.param]
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return encoder.get_encoder(folder.name, folder.parent)
+
+
+@pytest.fixture(scope="module")
+def openai():
+    return encoder.get_encoder("gpt2_bpe", shared("gpt2_bpe").parent)
+
+
+def tiktoken_of(folder):
+    tiktoken = pytest.importorskip("tiktoken")
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    ours = encoder.get_encoder(folder.name, folder.parent)
+    if folder.name == "gpt2_bpe":  # its ids follow the ranks, which this function of tiktoken's demands
+        ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+    else:
+        ranks = {ours.token_bytes(i): i for i in ours.spellings if i != ours.end_of_text}
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+    special = {encoder.END_OF_TEXT: ours.end_of_text}
+    oracle = tiktoken.Encoding("oracle", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return oracle.encode_ordinary
+
+
+def tokenizers_of(folder):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+    oracle = tokenizers.Tokenizer(model)
+    oracle.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return lambda text: oracle.encode(text).ids
+
+
+def random_texts(n, seed=0):
+    """Texts from all of Unicode, from its first pages, and from characters at which tokenizers differ."""
+    rng = random.Random(seed)
+    tricky = " \n\t\r'sdmtlreAbcé019.,!日🙂👍🏽\u2028\u0085\u00a0\u200b\u0301\x1c\0"
+    for _ in range(n):
+        top = rng.choice([0x110000, 0x3000, 0x250, None])
+        letters = [rng.choice(tricky) if top is None else chr(rng.randrange(top)) for _ in range(rng.randrange(60))]
+        yield encoder.replace_lone_surrogates("".join(letters))
+
+
+@pytest.mark.parametrize("oracle_of", [tiktoken_of, tokenizers_of])
+def test_random_texts_equal_the_oracle(folder, ours, oracle_of):
+    oracle = oracle_of(folder)
+    for text in [*random_texts(2000), *PUBLISHED]:
+        assert ours.encode(text) == oracle(text), repr(text)
+
+
+@pytest.mark.parametrize("oracle_of", [tiktoken_of, tokenizers_of])
+def test_stories_equal_the_oracle(openai, oracle_of):
+    text = shared("data/stories.txt").read_text(encoding="utf-8")
+    assert openai.encode(text) == oracle_of(shared("gpt2_bpe"))(text)
+
+
+@pytest.mark.parametrize("text", PUBLISHED)
+def test_published_ids(openai, text):
+    assert openai.encode(text) == PUBLISHED[text]
+
+
+def test_published_pieces(openai):
+    assert [openai.decode([i]) for i in openai.encode("zjqfl")] == ["z", "j", "q", "fl"]
+
+
+def test_decode_undoes_encode_and_the_stream_equals_decode(ours):
+    for text in random_texts(300, seed=1):
+        ids = ours.encode(text)
+        assert ours.decode(ids) == text == "".join(ours.stream(ids))
+
+
+def test_the_stream_of_any_ids_equals_decode_and_cuts_no_character(ours):
+    rng = random.Random(2)
+    for _ in range(300):
+        ids = [rng.choice([rng.randrange(256), rng.choice([*ours.spellings])]) for _ in range(rng.randrange(40))]
+        assert "".join(ours.stream(ids)) == ours.decode(ids)
+    emoji = ours.encode("👍")
+    assert len(emoji) > 1
+    assert list(ours.stream(emoji)) == ["👍"]
+    assert list(ours.stream(emoji[:-1])) == ["\ufffd"]
+
+
+def test_the_stream_is_lazy(ours):
+    def ids():
+        yield ours.encode("a")[0]
+        raise RuntimeError("asked too early")
+
+    assert next(ours.stream(ids())) == "a"
+
+
+@pytest.mark.parametrize("unit", ["a", "^", " ", "\n", "0", "'s", "ab", "é"])
+def test_a_million_times_the_same(openai, unit):
+    text = unit * (1_000_000 // len(unit))
+    ids = openai.encode(text)
+    assert openai.decode(ids) == text
+    assert openai._cached_encode_piece.cache_info().currsize <= 2**16
+
+
+def test_cost_of_a_long_piece_grows_about_linearly(ours):
+    """Counted, not timed: a merge that searches all pairs again would look ranks up a million times here."""
+
+    class Counting(dict):
+        lookups = 0
+
+        def get(self, *args):
+            Counting.lookups += 1
+            return dict.get(self, *args)
+
+    symbols = [encoder.SPELL[byte] for byte in b"a thousand and one " * 250]
+    encoder.merge(symbols, Counting(ours.ranks))
+    assert Counting.lookups < 6 * len(symbols)
+
+
+def test_merge_takes_the_lowest_rank_first_and_goes_from_left_to_right():
+    assert encoder.merge(list("hello"), {("l", "l"): 0, ("h", "e"): 1, ("he", "ll"): 2}) == ["hell", "o"]
+    assert encoder.merge(list("aaa"), {("a", "a"): 0}) == ["aa", "a"]
+    assert encoder.merge(list("abc"), {("b", "c"): 0, ("a", "b"): 1}) == ["a", "bc"]
+    assert encoder.merge([], {}) == []
+
+
+def test_end_of_text_is_plain_text_unless_allowed(ours):
+    text = f"a{encoder.END_OF_TEXT}{encoder.END_OF_TEXT} b"
+    assert ours.end_of_text not in ours.encode(text)
+    assert ours.decode(ours.encode(text)) == text
+    a, b = ours.encode("a"), ours.encode(" b")
+    expected = [*a, ours.end_of_text, ours.end_of_text, *b]
+    assert ours.encode(text, allowed_special={encoder.END_OF_TEXT}) == expected
+    assert ours.encode(text, allowed_special=encoder.END_OF_TEXT) == expected
+    assert ours.decode(expected) == text
+    with pytest.raises(ValueError, match="no special token"):
+        ours.encode(text, allowed_special={"<|pad|>"})
+
+
+def test_lone_surrogates_become_u_fffd(ours):
+    assert ours.decode(ours.encode("a\ud83d")) == "a\ufffd"
+    assert ours.decode(ours.encode("\udc4d b")) == "\ufffd b"
+    assert ours.encode("\ud83d\udc4d") == ours.encode("👍"), "two halves are a whole"
+
+
+@pytest.mark.parametrize("bad", [-1, 10**6])
+def test_ids_out_of_range_raise(ours, bad):
+    for decode in (ours.decode, lambda ids: list(ours.stream(ids))):
+        with pytest.raises(ValueError, match=f"token id {bad} is not in the vocabulary of {len(ours.spellings)}"):
+            decode([1, bad])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("encoder.json", b'{"a": 0', "not JSON"),
+        ("encoder.json", b"[]", "a JSON object was expected"),
+        ("encoder.json", b'{"a": "b"}', "a token without a whole number"),
+        ("encoder.json", b"\xff\xfe", "no UTF-8 text"),
+        ("vocab.bpe", b"#version: 0.2\na b c\n", "is not two symbols"),
+        ("vocab.bpe", None, "No such file"),
+        ("vocab.bpe", "folder", "Is a directory"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    (tmp_path / "encoder.json").write_text('{"a": 0}')
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n")
+    (tmp_path / name).unlink()
+    if content == "folder":
+        (tmp_path / name).mkdir()
+    elif content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(OSError) as raised:
+        encoder.get_encoder(tmp_path.name, tmp_path.parent)
+    assert message in str(raised.value)
+    assert name in str(raised.value)
+
+
+def test_files_that_do_not_match_say_so(ours):
+    mixed = encoder.Encoder({"h": 0, "e": 1}, [("h", "e")])
+    with pytest.raises(ValueError, match=r"no id for 'he'.*do they match"):
+        mixed.encode("he")

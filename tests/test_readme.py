@@ -1,0 +1,39 @@
+"""What the README claims is so."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BUDGETS = re.findall(r"^\| \[(\S+?)\]\(\S+\) \| (\d+) \|", README, flags=re.MULTILINE)
+OUTPUTS = re.findall(r"<!-- output of: python3 gpt2.py (.+?) -->\n```\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(("name", "budget"), BUDGETS)
+def test_line_budgets_hold(name, budget):
+    path = ROOT / name
+    files = path.glob("*.py") if path.is_dir() else [path]
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) <= int(budget)
+
+
+def test_every_module_is_in_the_table():
+    modules = {path.name for path in ROOT.glob("*.py")}
+    packages = {f"{path.parent.name}/" for path in ROOT.glob("*/*.py")}
+    assert modules | packages - {"tests/"} <= {name for name, _ in BUDGETS}
+
+
+@pytest.mark.parametrize(("arguments", "text"), OUTPUTS)
+def test_shown_output_is_real(arguments, text, command):
+    assert command(*shlex.split(arguments)) == (0, text, "")
+
+
+def test_there_are_two_commands_to_set_up_and_one_output():
+    assert len(re.findall(r"^    python3 -m pip install", README, flags=re.MULTILINE)) == 2
+    assert len(OUTPUTS) >= 1
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
