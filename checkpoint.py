@@ -44,6 +44,28 @@ def map_params(f, nest, path=()):
     return f(path, nest)
 
 
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+def cast(params, dtype):
+    """params in one of DTYPES; those that have it already are not copied. Raises ValueError for any other dtype."""
+    dtype = find_dtype(dtype)
+    return map_params(lambda _, array: array.astype(dtype, copy=False), params)
+
+
+def find_dtype(name):
+    """The name of one of DTYPES -> what NumPy calls it. Raises ValueError for any other, or if bfloat16 is missing."""
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}: choose {', '.join(DTYPES)}")
+    if name != "bfloat16":
+        return name
+    try:
+        from ml_dtypes import bfloat16  # NumPy has no such number of its own
+    except ModuleNotFoundError:
+        raise ValueError("bfloat16 needs ml_dtypes: python3 -m pip install ml_dtypes") from None
+    return bfloat16
+
+
 def tf_name(path):
     """("blocks", 0, "attn", "c_attn", "w") -> "model/h0/attn/c_attn/w" """
     return "model/" + "/".join(map(str, path)).replace("blocks/", "h")

@@ -15,8 +15,10 @@ Dtypes         what goes in comes out: float32, float64 or bfloat16. Scalars are
 [Transformer]  Vaswani et al. 2017, "Attention Is All You Need"
 """
 
+import itertools
 import math
 
+import checkpoint
 import cli
 import utils
 from backends import in_float32, keeps_dtype, np
@@ -174,7 +176,7 @@ def check_inputs(inputs, n_new, n_vocab, n_ctx):
 
 # fmt: off
 def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = "", models_dir: str = "",
-         prompt_file: str = "", base_url: str = ""):
+         prompt_file: str = "", base_url: str = "", backend: str = "numpy", dtype: str = "float32"):
     # fmt: on
     """GPT-2 goes on with your text. The new text alone goes to stdout, as it comes; all else to stderr.
 
@@ -185,20 +187,21 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         models_dir: where the folders of models are; left out, models/ beside this file
         prompt_file: a UTF-8 file to read the prompt from, - for stdin
         base_url: where to download from instead of OpenAI's address
+        backend: numpy, or jax: compiled, and on an accelerator if there is one
+        dtype: float32, bfloat16 (half the memory, 2 to 3 digits) or float64
     """
+    from inference import kv_cache
+
+    utils.start(backend, dtype)
     prompt = utils.read_prompt(prompt, prompt_file)
     encoder, hparams, params = utils.load_model(model_size, models_dir, base_url)
     inputs = encoder.encode(prompt) or [encoder.end_of_text]
     check_inputs(inputs, n_tokens_to_generate, hparams["n_vocab"], hparams["n_ctx"])
-
-    def new_ids(ids):
-        for _ in range(n_tokens_to_generate):
-            ids = ids + generate(ids, params, hparams["n_head"], 1)
-            if ids[-1] == encoder.end_of_text and not utils.is_openai(hparams):
-                return
-            yield ids[-1]
-
-    for piece in encoder.stream(new_ids(inputs)):
+    model = kv_cache.load(checkpoint.cast(params, dtype), hparams["n_head"], backend)
+    ids = kv_cache.greedy(model, inputs, n_tokens_to_generate)
+    if not utils.is_openai(hparams):
+        ids = itertools.takewhile(lambda i: i != encoder.end_of_text, ids)
+    for piece in encoder.stream(ids):
         print(piece, end="", flush=True)
     print()
 

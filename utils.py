@@ -14,6 +14,8 @@ import re
 import sys
 from pathlib import Path
 
+import backends
+import checkpoint
 from checkpoint import damages, load_gpt2_params_from_hf, load_gpt2_params_from_tf_ckpt, read_index
 from cli import one_line, run
 from encoder import get_encoder, read_json, read_text
@@ -122,6 +124,15 @@ def latest_checkpoint(path):
     if not (match := re.match(r'model_checkpoint_path: "([^"]+)"', read_text(path))):
         raise OSError(f"{path}: does not begin with a model_checkpoint_path")
     return path.parent / Path(match[1]).name  # TensorFlow writes where it was once saved; it may have moved
+
+
+def start(backend, dtype):
+    """Readies a backend for a dtype, and says on stderr what computes unless it is NumPy. Raises ValueError for either
+    if it is unknown or not installed."""
+    checkpoint.find_dtype(dtype)
+    device = backends.get(backend).start(dtype)
+    if backend != "numpy":
+        print(device, file=sys.stderr)
 
 
 def is_openai(hparams):

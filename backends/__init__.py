@@ -4,7 +4,7 @@ NumPy (from 2.0) and JAX arrays, and the tracers JAX sends through a function th
 `x.__array_namespace__()` with the library they belong to. So the data says which library computes: no switch, no
 global, and both live in one process. Methods and operators (`x.reshape`, `x @ w`) follow their array anyway.
 
-Where a run is set up the choice is spelled out: `backend = backends.get("numpy")`.
+Where a run is set up the choice is spelled out: `backend = backends.get("jax")`, the same names for either.
 """
 
 import functools
@@ -12,14 +12,17 @@ import importlib
 
 import numpy
 
-NAMES = ("numpy",)
+NAMES = ("numpy", "jax")
 
 
 def get(name):
-    """The module that computes with `name`, one of NAMES. Raises ValueError for any other name."""
+    """The module that computes with `name`, "numpy" or "jax". Raises ValueError for any other, or if it is missing."""
     if name not in NAMES:
-        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)}")
-    return importlib.import_module(f"backends.{name}_backend")
+        raise ValueError(f"unknown backend {name!r}: choose {' or '.join(NAMES)}")
+    try:
+        return importlib.import_module(f"backends.{name}_backend")
+    except ModuleNotFoundError as missing:
+        raise ValueError(f"the {name} backend needs {missing.name}: python3 -m pip install jax") from None
 
 
 def namespace_of(args):
@@ -50,6 +53,11 @@ class _Namespace:
 
 
 np = _Namespace()
+
+
+def update(buffer, new, start):
+    """`update` of the backend that `buffer` belongs to: see there."""
+    return get("numpy" if namespace_of([buffer]) is numpy else "jax").update(buffer, new, start)
 
 
 def keeps_dtype(layer):

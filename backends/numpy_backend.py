@@ -3,6 +3,11 @@
 import numpy
 
 
+def start(dtype="float32"):
+    """Readies this process for `dtype` and says in words what will compute. NumPy needs nothing."""
+    return f"NumPy {numpy.__version__}"
+
+
 def asarray(tree):
     """A nest of arrays, dicts, lists and tuples: the same nest with NumPy arrays, their dtypes unchanged."""
     if isinstance(tree, dict):
@@ -15,6 +20,16 @@ def asarray(tree):
 def to_numpy(tree):
     """A nest of this backend's arrays -> the same nest of NumPy arrays."""
     return asarray(tree)
+
+
+def n_padded(n):
+    """The length to which n tokens are padded before they are read: n, any length will do."""
+    return n
+
+
+def n_cache(n):
+    """The number of positions to make room for where n are needed: n."""
+    return n
 
 
 def jit(f, donate_argnums=()):

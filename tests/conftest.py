@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ import gpt2
 import utils
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # one place for all workers
+    CACHE = tempfile.TemporaryDirectory()  # for the programs that tests compile: the user's cache is the user's
+    os.environ["XDG_CACHE_HOME"] = CACHE.name
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "gpt2_random"
 SHARED = ROOT.parent / "shared"  # large data that is not part of the repository

@@ -1,5 +1,6 @@
 """The tokenizer against tiktoken and tokenizers built from the same two files, published ids, and hard texts."""
 
+import itertools
 import random
 
 import pytest
@@ -166,6 +167,31 @@ def test_merge_takes_the_lowest_rank_first_and_goes_from_left_to_right():
     assert encoder.merge(list("aaa"), {("a", "a"): 0}) == ["aa", "a"]
     assert encoder.merge(list("abc"), {("b", "c"): 0, ("a", "b"): 1}) == ["a", "bc"]
     assert encoder.merge([], {}) == []
+
+
+def plain_merge(symbols, ranks):
+    """The algorithm as its paper gives it: look at all pairs, merge the best one everywhere, start again."""
+    while pairs := [pair for pair in itertools.pairwise(symbols) if pair in ranks]:
+        best, merged, i = min(pairs, key=ranks.get), [], 0
+        while i < len(symbols):
+            n = 2 if tuple(symbols[i : i + 2]) == best else 1
+            merged.append("".join(symbols[i : i + n]))
+            i += n
+        symbols = merged
+    return symbols
+
+
+def test_merge_equals_the_plain_algorithm_for_any_ranks():
+    """Also for ranks no training gives: in any order, and several ways to the same symbol."""
+    rng = random.Random(3)
+    for _ in range(3000):
+        known, pairs = ["a", "b"], []
+        for _ in range(rng.randrange(8)):
+            pairs.append((rng.choice(known), rng.choice(known)))
+            known.append("".join(pairs[-1]))
+        ranks = {pair: rank for rank, pair in enumerate(rng.sample(pairs, len(pairs)))}
+        symbols = rng.choices("ab", k=rng.randrange(30))
+        assert encoder.merge(symbols, ranks) == plain_merge(symbols, ranks), (symbols, ranks)
 
 
 def test_end_of_text_is_plain_text_unless_allowed(ours):

@@ -30,8 +30,14 @@ def test_shown_output_is_real(arguments, text, command):
 
 
 def test_there_are_two_commands_to_set_up_and_one_output():
-    assert len(re.findall(r"^    python3 -m pip install", README, flags=re.MULTILINE)) == 2
+    assert len(re.findall(r"^    python3 -m pip install -r", README, flags=re.MULTILINE)) == 2
     assert len(OUTPUTS) >= 1
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
+def test_shown_code_runs(code):
+    pytest.importorskip("jax")
+    exec(code, {})
 
 
 def test_links_lead_somewhere():

@@ -1,0 +1,82 @@
+"""What a backend does, in JAX. Lay it beside numpy_backend.py, the same names: there stands what they mean."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def start(dtype="float32"):
+    """Readies this process for `dtype` and says in words what will compute.
+
+    float64 is off in JAX unless asked for. Compiled programs are kept on disk for the next process, all of them (JAX by
+    itself keeps those that took over a second), unless JAX_COMPILATION_CACHE_DIR names another place.
+    """
+    if dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "gpt2" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    device = jax.devices()[0]
+    return f"JAX {jax.__version__} on {device.device_kind} ({device.platform}){', 64 bits on' * (dtype == 'float64')}"
+
+
+def asarray(tree):
+    """A nest of arrays, dicts, lists and tuples: the same nest with JAX arrays, their dtypes unchanged.
+
+    Raises ValueError for 64-bit numbers while JAX has 64 bits switched off: it would halve them without a word.
+    """
+    for leaf in jax.tree.leaves(tree):
+        if getattr(leaf, "dtype", None) == "float64" and not jax.config.jax_enable_x64:
+            raise ValueError("float64 on JAX needs jax.config.update('jax_enable_x64', True) first")
+    return jax.tree.map(jax.numpy.asarray, tree)
+
+
+def to_numpy(tree):
+    """A nest of this backend's arrays -> the same nest of NumPy arrays."""
+    return jax.tree.map(jax.device_get, tree)
+
+
+def n_padded(n):
+    """The length to which n tokens are padded before they are read: 1, or the next of 16, 32, 64, ...
+
+    Each length is a program of its own, and compiling one takes longer than reading a few tokens in vain.
+    """
+    return 1 if n == 1 else max(16, 1 << (n - 1).bit_length())
+
+
+def n_cache(n):
+    """The number of positions to make room for where n are needed: the next of 256, 512, 1024, ..., likewise."""
+    return max(256, 1 << (n - 1).bit_length())
+
+
+def jit(f, donate_argnums=()):
+    """f, to be called many times with arguments of the same shapes; of a donated argument only the result lives on.
+
+    JAX calls f once with tracers, compiles what they went through, and from then on runs that: once for each new shape.
+    """
+    return jax.jit(f, donate_argnums=donate_argnums)
+
+
+def vmap(f, in_axes=0):
+    """f for one -> f for a batch: the arguments whose axis is 0 hold one per row, those with None serve all rows.
+
+    No loop: each operation in f becomes the one that does all rows at once.
+    """
+    return jax.vmap(f, in_axes=in_axes)
+
+
+def update(buffer, new, start):
+    """`buffer` with `new` written at the indices `start`, one for each axis. Go on with what is returned, only that.
+
+    JAX arrays never change: this is a new one, made in the old one's place if that was donated. A start so large that
+    `new` would not fit is moved back without a word: check before.
+    """
+    return jax.lax.dynamic_update_slice(buffer, new, start)
+
+
+def value_and_grad(f):
+    """f(params, ...) -> (f's value, its gradient: a nest shaped like params)."""
+    return jax.value_and_grad(f)

@@ -1,0 +1,117 @@
+"""The cached forward pass: each token goes through the model once.
+
+gpt2.generate sends the whole sequence through the model for each new token, though nothing changes for the earlier
+ones: no token sees a later one. All that a new token needs of them are their keys and values, so these are kept:
+
+    cache    [n_layer, 2, n_cache, n_embd]: for each layer the keys, then the values, a row for each position
+
+Reading the prompt at once (prefill), in pieces, or token by token (decode) is the same call, and gives the same logits:
+
+    logits, cache = forward(params, tokens, cache, position)
+
+A pure function: what it remembers is what it is given and gives back.
+
+Cost: n tokens take n forward passes of one token, and not of 1 + 2 + ... + n (Pope et al. 2022, "Efficiently Scaling
+Transformer Inference", section 2).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy
+
+import backends
+from backends import np, update
+from gpt2 import attention, check_inputs, embed, ffn, layer_norm, linear, merge_heads, split_heads, unembed
+
+
+class Model(NamedTuple):
+    """What the rest of inference knows of a model: two functions, its params, and what it can take."""
+
+    params: Any
+    forward: Any  # (params, tokens, cache, position, last) -> (logits of tokens[last], cache), cache donated
+    new_cache: Any  # (params, n_cache) -> an empty cache
+    n_vocab: int
+    n_ctx: int
+    backend: Any
+
+
+def new_cache(params, n_cache):
+    """An empty cache for n_cache positions."""
+    wpe = params["wpe"]
+    return backends.namespace_of([wpe]).zeros((len(params["blocks"]), 2, n_cache, wpe.shape[-1]), wpe.dtype)
+
+
+def mha(x, c_attn, c_proj, n_head, cache, layer, position):
+    """gpt2.mha for the tokens from `position` on: the keys and values of those before come from the cache."""
+    q, k, v = np.split(linear(x, **c_attn), 3, axis=-1)  # [n_seq, n_embd] -> 3 of [n_seq, n_embd]
+    cache = update(cache, np.stack([k, v])[None], (layer, 0, position, 0))
+    # A position that is a number says how much of the cache is filled. A traced one does not: the mask hides the rest.
+    n_key = position + len(x) if isinstance(position, (int, numpy.integer)) else cache.shape[2]
+    k, v = cache[layer, :, :n_key]  # [n_layer, 2, n_cache, n_embd] -> 2 of [n_key, n_embd]
+    mask = np.arange(n_key) <= (position + np.arange(len(x)))[:, None]  # -> [n_seq, n_key]
+    q, k, v = (split_heads(part, n_head) for part in (q, k, v))  # [..., n_embd] -> [n_head, ..., d_head]
+    x = merge_heads(attention(q, k, v, mask))  # [n_head, n_seq, d_head] -> [n_seq, n_embd]
+    return linear(x, **c_proj), cache
+
+
+def forward(params, tokens, cache, position, last=None, *, n_head):
+    """(logits, cache) after `tokens`, [n_seq] ids that stand at position, position + 1, ...
+
+    logits are [n_seq, n_vocab], or [n_vocab] for tokens[last] alone: the others cost as much and nobody asks for them.
+    The cache must have room up to position + n_seq. Under jit the position may be traced, one program for all.
+    """
+    x = embed(tokens, params["wte"], params["wpe"][position + np.arange(len(tokens))])  # [n_seq] -> [n_seq, n_embd]
+    for layer, block in enumerate(params["blocks"]):
+        new, cache = mha(layer_norm(x, **block["ln_1"]), **block["attn"], n_head=n_head, cache=cache, layer=layer,
+                         position=position)  # fmt: skip
+        x = x + new
+        x = x + ffn(layer_norm(x, **block["ln_2"]), **block["mlp"])
+    x = x if last is None else x[last]  # [n_seq, n_embd] -> [n_embd]
+    return unembed(layer_norm(x, **params["ln_f"]), params["wte"]), cache  # [..., n_embd] -> [..., n_vocab]
+
+
+@functools.lru_cache
+def compiled(n_head, backend):
+    """`forward` for a backend by its name, compiled once in a process for all calls of the same shapes."""
+    return backends.get(backend).jit(functools.partial(forward, n_head=n_head), donate_argnums=(2,))
+
+
+def load(params, n_head, backend="numpy"):
+    """params -> the Model."""
+    library = backends.get(backend)
+    n_vocab, n_ctx = len(params["wte"]), len(params["wpe"])
+    return Model(library.asarray(params), compiled(n_head, backend), new_cache, n_vocab, n_ctx, library)
+
+
+def start(model, n_tokens):
+    """An empty cache for at least n_tokens."""
+    return model.new_cache(model.params, min(model.n_ctx, model.backend.n_cache(n_tokens)))
+
+
+def read(model, tokens, cache, position):
+    """(logits after the last of the list `tokens`, cache): on JAX padded to one of few lengths, each compiled once.
+
+    What the padding leaves in the cache lies behind every query, and the tokens to come overwrite it.
+    """
+    n_padded = min(model.backend.n_padded(len(tokens)), cache.shape[2] - position)
+    padded = numpy.zeros(n_padded, numpy.int32)
+    padded[: len(tokens)] = tokens
+    return model.forward(model.params, padded, cache, position, len(tokens) - 1)
+
+
+def generate(inputs, params, n_head, n_tokens_to_generate, backend="numpy"):
+    """gpt2.generate, the same ids, faster."""
+    model = load(params, n_head, backend)
+    check_inputs(inputs, n_tokens_to_generate, model.n_vocab, model.n_ctx)
+    return list(greedy(model, inputs, n_tokens_to_generate))
+
+
+def greedy(model, inputs, n_tokens_to_generate):
+    """Yields the likeliest ids to follow the list `inputs`, each as soon as it is known."""
+    cache = start(model, len(inputs) + n_tokens_to_generate)
+    tokens, position = inputs, 0
+    for _ in range(n_tokens_to_generate):
+        logits, cache = read(model, tokens, cache, position)
+        tokens, position = [int(np.argmax(logits))], position + len(tokens)
+        yield tokens[0]
