@@ -230,23 +230,29 @@ def masked_crc32c(data):
 # ---- Hugging Face's layout ----
 
 
+HF_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
 def load_gpt2_params_from_hf(path, hparams):
     """params from a model.safetensors. float32 and float64 stay; narrower numbers become float32."""
     import safetensors
 
-    if not Path(path).is_file():
-        raise OSError(f"{path} is missing")
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            # The same model is found with and without this prefix, and with buffers that are no parameters.
-            names = {name.removeprefix("transformer."): name for name in file.keys()}  # noqa: SIM118
-            names = {k: v for k, v in names.items() if not re.search(r"\.attn\.(masked_)?bias$|^lm_head", k)}
-            found = {name: file.get_slice(names[name]).get_shape() for name in names}
-
-            def read(name):
-                tensor = file.get_tensor(names[name])
-                return tensor if tensor.dtype == np.float64 else tensor.astype(np.float32, copy=False)
-
-            return assemble(path, param_shapes(**hparams), found, hf_name, read)
+        tensors = dict(safetensors.deserialize(Path(path).read_bytes()))
     except safetensors.SafetensorError as error:
         raise OSError(f"{path}: no safetensors file, or a damaged one ({error})") from None
+    # The same model is found with and without this prefix, and with buffers that are no parameters.
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    tensors = {name: t for name, t in tensors.items() if not re.search(r"\.attn\.(masked_)?bias$|^lm_head", name)}
+    if odd := [f"{name} ({t['dtype']})" for name, t in tensors.items() if t["dtype"] not in HF_DTYPES]:
+        raise OSError(f"{path}: {odd[0]} is of a type that this reader does not know")
+    found = {name: tensor["shape"] for name, tensor in tensors.items()}
+    return assemble(path, param_shapes(**hparams), found, hf_name, lambda name: widen(tensors[name]))
+
+
+def widen(tensor):
+    """The numbers of a tensor from a safetensors file. bfloat16 is float32 without its lower half."""
+    numbers = np.frombuffer(tensor["data"], HF_DTYPES[tensor["dtype"]])
+    if tensor["dtype"] == "BF16":
+        return (numbers.astype(np.uint32) << 16).view(np.float32)
+    return numbers.astype(np.promote_types(numbers.dtype, np.float32))

@@ -1,5 +1,5 @@
 """Command-line manners, the same for every program here. `fire` makes the flags from a function's signature; this adds
-what it lacks: texts stay texts ("2019", "None", "C# is"), types are checked, and a mistake gets one line.
+what it lacks: texts stay texts ("2019", "None", "C# is"), types are checked, help is short, a mistake gets one line.
 
 Exit status: 0 done; 1 the world failed (network, disk, a damaged file); 2 the user's mistake; 130 Ctrl-C.
 """
@@ -7,6 +7,7 @@ Exit status: 0 done; 1 the world failed (network, disk, a damaged file); 2 the u
 import difflib
 import functools
 import inspect
+import json
 import os
 import sys
 
@@ -14,22 +15,14 @@ import sys
 def run(main, program):
     """Runs `main` (a function, or {name: function}) on this process's arguments, and ends the process.
 
-    Each parameter is annotated str, int, float or bool. main raises ValueError for a mistake, OSError for a failure.
+    Each parameter is annotated str, int, float, bool, or list: a flag that may be given many times. The docstring has a
+    line for each below "Args:". main raises ValueError for a mistake, OSError for a failure.
     """
-    import fire
-
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # either may be closed
         stream.reconfigure(encoding="utf-8", errors="replace")  # Windows would choose otherwise, and stop at an emoji
     try:
-        commands = main if isinstance(main, dict) else {}
-        arguments = check_arguments(sys.argv[1:], commands)
-        if {"-h", "--help"} & set(arguments):
-            fire.Fire(main, command=[*(a for a in arguments[:1] if a in commands), "--", "--help"], name=program)
-        component = {name: strict(f) for name, f in commands.items()} or strict(main)
-        # Arguments after "--" are fire's own: "-" is to be no separator but a file name, stdin.
-        fire.Fire(component, command=[*arguments, "--", "--separator", "\0"], name=program)
-        sys.stdout.flush()
-        status = 0
+        status = call(main, program, sys.argv[1:])
+        print(end="", flush=True)
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:  # whoever read our text has had enough
@@ -41,18 +34,84 @@ def run(main, program):
     sys.exit(status)
 
 
+def call(main, program, arguments):
+    """Shows help, or has fire call main. Returns 0."""
+    import fire
+
+    if "--" in arguments:
+        raise ValueError("-- is not needed: a prompt that begins with - is given as --prompt=-...")
+    if isinstance(main, dict):
+        command, *arguments = arguments or [""]
+        if command not in main and command not in ("-h", "--help"):
+            raise ValueError(f"which command? There is {', '.join(main)}; --help says more")
+        main, program = main.get(command, main), f"{program} {command}"
+    if isinstance(main, dict) or {"-h", "--help"} & set(arguments):
+        print(help_text(main, program))
+        return 0
+    # Arguments after "--" are fire's own: "-" is to be no separator but a file name, stdin.
+    fire.Fire(strict(main), command=[*gather(main, arguments), "--", "--separator", "\0"], name=program)
+    return 0
+
+
+def help_text(main, program):
+    if isinstance(main, dict):
+        return "\n".join(
+            f"{program.split()[0]} {name}: {inspect.getdoc(f).splitlines()[0]}" for name, f in main.items()
+        )
+    parameters = inspect.signature(main).parameters
+    summary, _, flags = inspect.getdoc(main).partition("Args:\n")
+    positional = [f"[{p.name.upper()}]" for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    lines = [f"python {program} {' '.join(positional)} [--flag value ...]", "", summary.rstrip(), ""]
+    for name, text in (line.strip().split(": ", 1) for line in flags.splitlines()):
+        default = parameters[name].default
+        lines.append(
+            f"  --{name} {'' if default in ('', None, ()) or default is False else default}".ljust(28) + f" {text}"
+        )
+    return "\n".join(lines)
+
+
 def one_line(error):
     named = isinstance(error, OSError) and error.filename is not None
     return " ".join((f"{error.filename}: {error.strerror}" if named else str(error)).split())
 
 
-def check_arguments(arguments, commands):
-    """The arguments, if they begin with one of `commands` where there are any. fire would take several lines to say."""
-    if "--" in arguments:
-        raise ValueError("-- is not needed: a prompt that begins with - is given as --prompt=-...")
-    if commands and not (arguments and arguments[0] in {*commands, "-h", "--help"}):
-        raise ValueError(f"which command? There is {', '.join(commands)}; --help says more")
-    return arguments
+def gather(main, arguments):
+    """The arguments, with all values of a flag that is a list in one JSON list: fire would keep the last. Raises
+    ValueError for a flag that main does not have, or that lacks a value: fire would take it for "True"."""
+    parameters = inspect.signature(main).parameters
+    lists, others, words = {}, [], [*arguments]
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--"):
+            others.append(word)
+            continue
+        kind = kind_of(parameters[name]) if name in parameters else None
+        if kind is None and kind_of(parameters.get(name.removeprefix("no"))) is not bool:
+            raise ValueError(f"unknown flag {flag}: {guess(name, parameters)}--help lists them all")
+        if kind in (None, bool) or equals:
+            others.append(word)
+        elif not words or words[0].startswith("--"):
+            raise ValueError(f"{flag} needs a value; one that begins with -- is given as {flag}=--...")
+        else:
+            value = words.pop(0)
+            others += [f"{flag}={value}"]
+        if kind is list:
+            others.pop()
+            lists.setdefault(name, []).append(value)
+    return others + [f"--{name}={json.dumps(values)}" for name, values in lists.items()]
+
+
+def kind_of(parameter):
+    """What a parameter is annotated with; of `int | None`, where None is for a flag that is left out, int."""
+    return parameter and getattr(parameter.annotation, "__args__", [parameter.annotation])[0]
+
+
+def guess(flag, parameters):
+    longer = [name for name in parameters if flag and name.startswith(flag)]
+    nearest = (longer or difflib.get_close_matches(flag, parameters, 1, 0.5))[:1]
+    return "".join(f"did you mean --{name}? " for name in nearest)
 
 
 def strict(main):
@@ -66,27 +125,23 @@ def strict(main):
     @functools.wraps(main)
     def command(*args, **flags):
         if surplus := args[len(by_position) :]:
-            raise ValueError(f"{surplus[0]!r} is one argument too many: a text with spaces needs quotes around it")
-        for flag in flags.keys() - parameters.keys():
-            nearest = "".join(
-                f"did you mean --{name}? " for name in difflib.get_close_matches(flag, parameters, 1, 0.5)
-            )
-            raise ValueError(f"unknown flag --{flag}: {nearest}--help lists them all")
+            raise ValueError(f"{surplus[0]!r} is one argument too many: give one text, in quotes if it has spaces")
+        for flag in flags.keys() - parameters.keys():  # given with a single dash
+            raise ValueError(f"unknown flag -{flag}: {guess(flag, parameters)}--help lists them all")
         return main(*args, **flags)
 
     surplus = inspect.Parameter("surplus", inspect.Parameter.VAR_POSITIONAL)
     unknown = inspect.Parameter("unknown", inspect.Parameter.VAR_KEYWORD)
     command.__signature__ = inspect.Signature([*by_position, surplus, *by_name, unknown])
-    converters = {name: functools.partial(convert, name, p.annotation) for name, p in parameters.items()}
+    converters = {name: functools.partial(convert, name, kind_of(p)) for name, p in parameters.items()}
     return SetParseFns(**converters)(SetParseFn(str)(command))
 
 
 def convert(name, kind, text):
-    """The value of --name, a str, int (no flag here has a use for one below 0), float or bool; else ValueError."""
-    if kind is bool and text in ("True", "False"):
-        return text == "True"
+    """The value of --name: a str, int (none here has a use for one below 0), float, bool or list; else ValueError."""
+    parse = {bool: {"True": True, "False": False}.__getitem__, list: json.loads}.get(kind, kind)
     try:
-        value = kind(text) if kind is not bool else {}[text]
+        value = parse(text)
     except (ValueError, KeyError):
         value = None
     if value is None or (kind is int and value < 0):

@@ -107,7 +107,10 @@ class Encoder:
         """One id -> its bytes, which need not be whole characters."""
         if i not in self.spellings:
             raise ValueError(f"token id {i} is not in the vocabulary of {len(self.spellings)} tokens")
-        return self.spellings[i].translate(UNSPELL).encode("latin-1")
+        try:
+            return self.spellings[i].translate(UNSPELL).encode("latin-1")
+        except UnicodeEncodeError:
+            raise OSError(f"token {i}, {self.spellings[i]!r}, is not spelled in the stand-ins for bytes") from None
 
     def _encode_ordinary(self, text):
         ids = []
@@ -120,9 +123,16 @@ class Encoder:
         try:
             return [self.ids[symbol] for symbol in symbols]
         except KeyError as missing:
-            raise ValueError(
-                f"encoder.json has no id for {missing}, which vocab.bpe leads to: do they match?"
+            raise OSError(
+                f"the tokenizer's two files do not match: merges lead to {missing}, which has no id"
             ) from None
+
+    def check(self):
+        """Raises OSError unless each merge leads to a token and each token is bytes. Takes longer than loading."""
+        if odd := next((a + b for a, b in self.ranks if a + b not in self.ids), None):
+            raise OSError(f"the tokenizer's two files do not match: merges lead to {odd!r}, which has no id")
+        for i in self.spellings:
+            self.token_bytes(i)
 
 
 def merge(symbols, ranks):
@@ -183,7 +193,7 @@ def read_json(path):
     """The object in a JSON file. Raises OSError naming the file if it cannot be read or holds something else."""
     try:
         found = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise OSError(f"{path}: not JSON ({error})") from None
     if not isinstance(found, dict):
         raise OSError(f"{path}: a JSON object was expected, not {type(found).__name__}")
@@ -194,13 +204,15 @@ def get_encoder(model_size, models_dir):
     """The Encoder of the model folder models_dir/model_size: OpenAI's encoder.json and vocab.bpe, or the same two under
     Hugging Face's names, vocab.json and merges.txt. Raises OSError naming the file that is missing or damaged."""
     folder = Path(models_dir) / model_size
-    names = ("encoder.json", "vocab.bpe") if (folder / "encoder.json").exists() else ("vocab.json", "merges.txt")
+    names = ("vocab.json", "merges.txt") if (folder / "vocab.json").exists() else ("encoder.json", "vocab.bpe")
     lines = read_text(folder / names[1]).splitlines()
-    lines = lines[1:] if lines[0].startswith("#version") else lines  # only there: "# #" is a merge like any other
+    lines = (
+        lines[1:] if lines and lines[0].startswith("#version") else lines
+    )  # only there: "# #" is a merge like others
     merges = [tuple(line.split(" ")) for line in lines if line]
     if any(len(pair) != 2 for pair in merges):
         raise OSError(f"{folder / names[1]}: a line is not two symbols with a space between them")
     ids = read_json(folder / names[0])
-    if any(type(i) is not int for i in ids.values()):
-        raise OSError(f"{folder / names[0]}: a token without a whole number")
+    if set(ids.values()) != set(range(len(ids))) or not set(SPELL.values()) <= ids.keys():
+        raise OSError(f"{folder / names[0]}: its ids must be 0, 1, 2, ... and the 256 bytes must be among its tokens")
     return Encoder(ids, merges)

@@ -10,17 +10,14 @@ Sizes          n_seq tokens at hand, n_ctx at most; n_vocab known tokens; n_embd
                n_layer blocks; n_head heads of d_head = n_embd / n_head numbers each.
 Shapes         `# [in] -> [out]` ends every line that changes a shape.
 Dtypes         what goes in comes out: float32, float64 or bfloat16. Scalars are Python's (math.sqrt), because a NumPy
-               float64 scalar would turn every float32 that it touches into float64.
+               float64 scalar would turn every float32 that it touches into float64. @keeps_dtype and @in_float32 do
+               something for bfloat16 only: read over them.
 [GPT-2]        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
 [Transformer]  Vaswani et al. 2017, "Attention Is All You Need"
 """
 
-import itertools
 import math
 
-import checkpoint
-import cli
-import utils
 from backends import in_float32, keeps_dtype, np
 
 # ---- The parts ----
@@ -67,14 +64,15 @@ def linear(x, w, b):
 @keeps_dtype
 @in_float32
 def attention(q, k, v, mask):
-    """Each query gets the mean of the values, weighted by how well their keys match it ([Transformer] section 3.2.1).
+    """Tokens tell each other what they know ([Transformer] section 3.2.1). Each asks (its query, a row of q), says what
+    it has (its key) and brings it (its value). Who asks gets a mean of the values, weighted by how well the keys match.
 
     q is [..., n_query, d_head]; k and v are [..., n_key, d_head].
     mask is boolean, [n_query, n_key]: True where that query may look at that key.
     """
-    # A dot product of d_head random terms spreads by sqrt(d_head). Undone, or softmax would see one key only.
+    # A sum of d_head random products grows like sqrt(d_head). Divide that away, or softmax would heed one key alone.
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # [..., n_query, d_head] -> [..., n_query, n_key]
-    # -1e10 is OpenAI's stand-in for minus infinity: its exp is exactly 0, and no NaN can come of it.
+    # -1e10 is OpenAI's stand-in for minus infinity: far below any score, so softmax makes it exactly 0, and never NaN.
     weights = softmax(np.where(mask, scores, -1e10))
     return weights @ v  # [..., n_query, n_key] -> [..., n_query, d_head]
 
@@ -142,20 +140,6 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):
     return unembed(layer_norm(x, **ln_f), wte)  # [n_seq, n_embd] -> [n_seq, n_vocab]
 
 
-def generate(inputs, params, n_head, n_tokens_to_generate):
-    """The list of ids that follows the list `inputs`, the likeliest one each time. `inputs` stays as it is.
-
-    The loop to read, not the fast one: for each new token all earlier ones pass through the model again.
-    Raises ValueError as check_inputs does.
-    """
-    check_inputs(inputs, n_tokens_to_generate, n_vocab=len(params["wte"]), n_ctx=len(params["wpe"]))
-    ids = list(inputs)
-    for _ in range(n_tokens_to_generate):
-        logits = gpt2(ids, **params, n_head=n_head)  # [n_seq] -> [n_seq, n_vocab]
-        ids.append(int(np.argmax(logits[-1])))  # [n_vocab] -> one id
-    return ids[len(inputs) :]
-
-
 def check_inputs(inputs, n_new, n_vocab, n_ctx):
     """Raises ValueError unless all ids are in the vocabulary and the prompt and n_new more fit into n_ctx. Asked once,
     up front: NumPy would take id -1 for the last row, JAX any id too large for the last one."""
@@ -171,40 +155,32 @@ def check_inputs(inputs, n_new, n_vocab, n_ctx):
         raise ValueError(f"token id {bad[0]} is outside the vocabulary: ids go from 0 to {n_vocab - 1}")
 
 
+def generate(inputs, params, n_head, n_tokens_to_generate):
+    """The list of ids that follows the list `inputs`, the likeliest one each time. `inputs` stays as it is.
+
+    The loop to read, not the fast one: for each new token all earlier ones pass through the model again.
+    Raises ValueError as check_inputs does.
+    """
+    check_inputs(inputs, n_tokens_to_generate, n_vocab=len(params["wte"]), n_ctx=len(params["wpe"]))
+    ids = list(inputs)
+    for _ in range(n_tokens_to_generate):
+        logits = gpt2(ids, **params, n_head=n_head)  # [n_seq] -> [n_seq, n_vocab]
+        ids.append(int(np.argmax(logits[-1])))  # [n_vocab] -> one id
+    return ids[len(inputs) :]
+
+
 # ---- The front door: python gpt2.py "prompt" ----
 
 
-# fmt: off
-def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = "", models_dir: str = "",
-         prompt_file: str = "", base_url: str = "", backend: str = "numpy", dtype: str = "float32"):
-    # fmt: on
-    """GPT-2 goes on with your text. The new text alone goes to stdout, as it comes; all else to stderr.
+def main(prompt="", **flags):
+    """Prints how the prompt goes on. The flags are those of inference/__main__.py, where the faster loop is."""
+    from inference.__main__ import main as front_door
 
-    Args:
-        prompt: the text to go on with; without one the model starts a text of its own
-        n_tokens_to_generate: how many tokens (words or parts of words) to add, 0 to n_ctx less the prompt's
-        model_size: 124M, 355M, 774M, 1558M, 3M or a model folder; left out, 124M, or 3M where that cannot be had
-        models_dir: where the folders of models are; left out, models/ beside this file
-        prompt_file: a UTF-8 file to read the prompt from, - for stdin
-        base_url: where to download from instead of OpenAI's address
-        backend: numpy, or jax: compiled, and on an accelerator if there is one
-        dtype: float32, bfloat16 (half the memory, 2 to 3 digits) or float64
-    """
-    from inference import kv_cache
-
-    utils.start(backend, dtype)
-    prompt = utils.read_prompt(prompt, prompt_file)
-    encoder, hparams, params = utils.load_model(model_size, models_dir, base_url)
-    inputs = encoder.encode(prompt) or [encoder.end_of_text]
-    check_inputs(inputs, n_tokens_to_generate, hparams["n_vocab"], hparams["n_ctx"])
-    model = kv_cache.load(checkpoint.cast(params, dtype), hparams["n_head"], backend)
-    ids = kv_cache.greedy(model, inputs, n_tokens_to_generate)
-    if not utils.is_openai(hparams):
-        ids = itertools.takewhile(lambda i: i != encoder.end_of_text, ids)
-    for piece in encoder.stream(ids):
-        print(piece, end="", flush=True)
-    print()
+    front_door(prompt, **flags)
 
 
 if __name__ == "__main__":
-    cli.run(main, "gpt2.py")
+    import cli
+    from inference.__main__ import main as front_door
+
+    cli.run(front_door, "gpt2.py")

@@ -49,13 +49,16 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
     return ids[len(inputs) :]
 
 def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = "", models_dir: str = ""):
-    from utils import load_model
+    from utils import first_ids, is_openai, load_model
 
     encoder, hparams, params = load_model(model_size, models_dir)
-    inputs = encoder.encode(prompt) or [encoder.end_of_text]
+    inputs = first_ids(encoder, prompt)
     if (n_seq := len(inputs)) + n_tokens_to_generate > hparams["n_ctx"]:
         raise ValueError(f"prompt {n_seq} + {n_tokens_to_generate} new tokens > n_ctx {hparams['n_ctx']}")
-    print(encoder.decode(generate(inputs, params, hparams["n_head"], n_tokens_to_generate)))
+    ids = generate(inputs, params, hparams["n_head"], n_tokens_to_generate)
+    if encoder.end_of_text in ids and not is_openai(hparams):
+        ids = ids[: ids.index(encoder.end_of_text)]
+    print(encoder.decode(ids))
 
 if __name__ == "__main__":
     from cli import run

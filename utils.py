@@ -18,7 +18,7 @@ import backends
 import checkpoint
 from checkpoint import damages, load_gpt2_params_from_hf, load_gpt2_params_from_tf_ckpt, read_index
 from cli import one_line, run
-from encoder import get_encoder, read_json, read_text
+from encoder import END_OF_TEXT, get_encoder, read_json, read_text
 
 MODELS_DIR = Path(__file__).resolve().parent / "models"
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
@@ -41,7 +41,11 @@ def load_encoder_hparams_and_params(model_size, models_dir=None, base_url=None):
 
     Raises ValueError for a name that is neither, OSError for what cannot be fetched, is missing or damaged.
     """
-    folder = find_model(model_size, models_dir, base_url)
+    return load_folder(find_model(model_size, models_dir, base_url))
+
+
+def load_folder(folder):
+    """The same from a model folder, whose files are there."""
     encoder, hparams = get_encoder(folder.name, folder.parent), read_hparams(folder)
     if max(encoder.spellings) >= hparams["n_vocab"]:
         raise OSError(
@@ -99,14 +103,16 @@ def read_hparams(folder):
 def parse_hparams(path):
     found = read_json(path)
     if path.name == "config.json":
-        check_hf_config(path, found)
         found = {"n_vocab": found.get("vocab_size"), "n_ctx": found.get("n_positions")} | found
     hparams = {name: found.get(name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")}
     for name, value in hparams.items():
-        if type(value) is not int or value < 1:
-            raise OSError(f"{path}: {name} must be a whole number above 0, not {value!r}")
+        limit = 1000 if name == "n_layer" else 2**24  # far above what there is, far below what would hang the loader
+        if type(value) is not int or not 1 <= value <= limit:
+            raise OSError(f"{path}: {name} must be a whole number from 1 to {limit}, not {value!r:.40}")
     if hparams["n_embd"] % hparams["n_head"]:
         raise OSError(f"{path}: n_embd {hparams['n_embd']} cannot be shared among n_head {hparams['n_head']} heads")
+    if path.name == "config.json":
+        check_hf_config(path, found)
     return hparams
 
 
@@ -121,7 +127,7 @@ def check_hf_config(path, config):
 
 def latest_checkpoint(path):
     """The file `checkpoint` -> the path of what it names, without endings, for load_gpt2_params_from_tf_ckpt."""
-    if not (match := re.match(r'model_checkpoint_path: "([^"]+)"', read_text(path))):
+    if not (match := re.match(r'model_checkpoint_path: "([^"\0]+)"', read_text(path))):
         raise OSError(f"{path}: does not begin with a model_checkpoint_path")
     return path.parent / Path(match[1]).name  # TensorFlow writes where it was once saved; it may have moved
 
@@ -140,18 +146,26 @@ def is_openai(hparams):
     return hparams["n_vocab"] == 50257
 
 
+def first_ids(encoder, prompt):
+    """The prompt's ids; for an empty prompt, that of <|endoftext|>, after which a model begins a text of its own."""
+    if not prompt and encoder.end_of_text is None:
+        raise ValueError(f"this model knows no {END_OF_TEXT} to start from: give a prompt")
+    return encoder.encode(prompt) or [encoder.end_of_text]
+
+
 def read_prompt(prompt, prompt_file):
-    """The prompt itself or what stands in a UTF-8 file ("-" is stdin). Raises ValueError if that cannot be read."""
+    """The prompt itself or what stands in a UTF-8 file ("-" is stdin), without the newline that ends a file. Raises
+    ValueError if that cannot be read."""
     if prompt and prompt_file:
         raise ValueError("a prompt and --prompt_file are two prompts: give one")
     try:
+        if prompt_file == "-" and sys.stdin is None:
+            raise ValueError("--prompt_file -: there is no stdin")
         if prompt_file:
             prompt = sys.stdin.buffer.read().decode("utf-8") if prompt_file == "-" else read_text(prompt_file)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompt_file {one_line(error)}") from None
-    if prompt.endswith(" "):
-        print("hint: the prompt ends in a space; tokens begin with theirs, so leave it away", file=sys.stderr)
-    return prompt
+    return prompt.removesuffix("\n").removesuffix("\r") if prompt_file else prompt
 
 
 # ---- Download ----
@@ -166,6 +180,7 @@ def download_gpt2_files(model_size, model_dir, base_url=None):
     base_url = base_url or os.environ.get("GPT2_BASE_URL") or BASE_URL
     if not base_url.startswith(("http://", "https://")):
         raise ValueError(f"base_url {base_url!r} must begin with http:// or https://")
+    discard_damaged_index(Path(model_dir))
     for name in TF_FILES:
         if not (path := Path(model_dir) / name).is_file():
             try:
@@ -175,6 +190,15 @@ def download_gpt2_files(model_size, model_dir, base_url=None):
                     f"{error}. Run again once that is mended, or name a mirror with --base_url, or put OpenAI's "
                     f"{len(TF_FILES)} files into {model_dir} yourself (README, GPT-2 124M)"
                 ) from None
+
+
+def discard_damaged_index(model_dir):
+    """An index that cannot be read would make every download of the data, which is checked against it, fail."""
+    if (model_dir / INDEX).is_file() and not (model_dir / DATA).is_file():
+        try:
+            read_index(model_dir / INDEX)
+        except OSError:
+            (model_dir / INDEX).unlink()
 
 
 def fetch(url, path):
@@ -198,6 +222,8 @@ def fetch(url, path):
     except requests.HTTPError as error:
         raise OSError(f"cannot fetch {url}: HTTP {error.response.status_code} {error.response.reason}") from None
     except requests.RequestException as error:
+        if isinstance(error, ValueError):  # InvalidURL and its like
+            raise ValueError(f"base_url leads to {url}, and that is no address: {error}") from None
         reason = "no answer in time" if isinstance(error, requests.Timeout) else "no connection, or it broke off"
         raise OSError(f"cannot fetch {url}: {reason}") from None
     os.replace(part, path)
@@ -277,7 +303,7 @@ def problems(folder, sha256):
             yield from lines
             if lines:
                 return
-        load_encoder_hparams_and_params(folder.name, folder.parent)
+        load_folder(folder)[0].check()
     except OSError as error:
         yield one_line(error)
 

@@ -9,6 +9,7 @@ Where a run is set up the choice is spelled out: `backend = backends.get("jax")`
 
 import functools
 import importlib
+import types
 
 import numpy
 
@@ -42,6 +43,8 @@ class _Namespace:
 
     def __getattr__(self, name):
         own = getattr(numpy, name)
+        if isinstance(own, types.ModuleType):
+            raise AttributeError(f"np.{name} is a part of NumPy that does not follow its arguments")
         if isinstance(own, type) or not callable(own):
             return own
 

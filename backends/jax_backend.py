@@ -19,7 +19,13 @@ def start(dtype="float32"):
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "gpt2" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    device = jax.devices()[0]
+    try:
+        device = jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise OSError(
+            f"JAX finds no device (JAX_PLATFORMS={platforms!r}): {str(error).partition(chr(10))[0]}"
+        ) from None
     return f"JAX {jax.__version__} on {device.device_kind} ({device.platform}){', 64 bits on' * (dtype == 'float64')}"
 
 

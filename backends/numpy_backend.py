@@ -50,7 +50,12 @@ def vmap(f, in_axes=0):
         axes = in_axes if isinstance(in_axes, (tuple, list)) else [in_axes] * len(args)
         if set(axes) - {0, None}:
             raise ValueError(f"in_axes {in_axes!r}: each must be 0 or None")
-        n_batch = next(len(arg) for arg, axis in zip(args, axes, strict=True) if axis == 0)
+        lengths = {len(arg) for arg, axis in zip(args, axes, strict=True) if axis == 0}
+        if len(lengths) != 1:
+            raise ValueError(
+                f"in_axes {in_axes!r} and lengths {sorted(lengths)}: one axis 0 at least, all of one length"
+            )
+        (n_batch,) = lengths
         rows = [
             f(*(arg if axis is None else arg[i] for arg, axis in zip(args, axes, strict=True))) for i in range(n_batch)
         ]
@@ -66,7 +71,10 @@ def update(buffer, new, start):
 
     Here the buffer itself is written to, as no copy is needed then. Raises ValueError where `new` does not fit.
     """
-    buffer[tuple(slice(i, i + n) for i, n in zip(start, new.shape, strict=True))] = new
+    place = tuple(slice(i, i + n) for i, n in zip(start, new.shape, strict=True))
+    if any(part.start < 0 or part.stop > size for part, size in zip(place, buffer.shape, strict=True)):
+        raise ValueError(f"{list(new.shape)} numbers from {list(start)} on do not fit into {list(buffer.shape)}")
+    buffer[place] = new
     return buffer
 
 

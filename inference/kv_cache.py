@@ -102,9 +102,8 @@ def read(model, tokens, cache, position):
 
 def generate(inputs, params, n_head, n_tokens_to_generate, backend="numpy"):
     """gpt2.generate, the same ids, faster."""
-    model = load(params, n_head, backend)
-    check_inputs(inputs, n_tokens_to_generate, model.n_vocab, model.n_ctx)
-    return list(greedy(model, inputs, n_tokens_to_generate))
+    check_inputs(inputs, n_tokens_to_generate, n_vocab=len(params["wte"]), n_ctx=len(params["wpe"]))
+    return list(greedy(load(params, n_head, backend), inputs, n_tokens_to_generate))
 
 
 def greedy(model, inputs, n_tokens_to_generate):

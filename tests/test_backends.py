@@ -75,6 +75,19 @@ def test_numpy_says_why_it_has_no_gradients():
         backends.get("numpy").value_and_grad(abs)
 
 
-def test_numpy_refuses_what_does_not_fit():
-    with pytest.raises(ValueError):
-        backends.get("numpy").update(numpy.zeros(3), numpy.ones(2), (2,))
+@pytest.mark.parametrize(("n", "start"), [(2, 2), (1, 3), (1, 5), (1, -1)])
+def test_numpy_refuses_what_does_not_fit(n, start):
+    with pytest.raises(ValueError, match="do not fit"):
+        backends.get("numpy").update(numpy.zeros(3), numpy.ones(n), (start,))
+
+
+def test_numpy_refuses_batches_that_are_none():
+    with pytest.raises(ValueError, match=r"lengths \[2, 3\]"):
+        backends.get("numpy").vmap(lambda a, b: a)(numpy.zeros(2), numpy.zeros(3))
+    with pytest.raises(ValueError, match="one axis 0 at least"):
+        backends.get("numpy").vmap(lambda a: a, in_axes=(None,))(numpy.zeros(2))
+
+
+def test_parts_of_numpy_that_do_not_follow_are_not_offered():
+    with pytest.raises(AttributeError, match="does not follow"):
+        np.linalg  # noqa: B018

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT, random_params
+from conftest import GOLDEN, ROOT, oracle, random_params
 
 import checkpoint
 import utils
@@ -21,7 +21,7 @@ def flat(params):
 
 
 def write_with_tensorflow(prefix, tensors):
-    tf = pytest.importorskip("tensorflow").compat.v1
+    tf = oracle("tensorflow").compat.v1
     with tf.Graph().as_default(), tf.Session() as session:
         variables = {name: tf.Variable(array) for name, array in tensors.items()}
         session.run(tf.global_variables_initializer())
@@ -43,7 +43,7 @@ def load(folder):
 
 @pytest.mark.parametrize("model", [GOLDEN, ROOT / "models" / "3M"], ids=["golden", "3M"])
 def test_every_tensor_equals_tensorflows(model):
-    tf = pytest.importorskip("tensorflow")
+    tf = oracle("tensorflow")
     reader = tf.train.load_checkpoint(str(model / "model.ckpt"))
     ours = flat(load(model)[2])
     shapes = reader.get_variable_to_shape_map()
@@ -124,6 +124,9 @@ DAMAGES = {
     "not a number": (lambda f: edit_json(f / "hparams.json", n_embd="48"), ["hparams.json", "n_embd", "'48'"]),
     "n_head": (lambda f: edit_json(f / "hparams.json", n_head=5), ["n_embd 48", "n_head 5"]),
     "other tokenizer": (lambda f: edit_json(f / "encoder.json", new=512), ["ids up to 512", "n_vocab is 512"]),
+    "endless layers": (lambda f: edit_json(f / "hparams.json", n_layer=10**9), ["hparams.json", "n_layer", "1000"]),
+    "endless number": (lambda f: (f / "hparams.json").write_text('{"n_head": ' + "9" * 5000 + "}"), ["hparams.json"]),
+    "NUL": (lambda f: (f / "checkpoint").write_bytes(b'model_checkpoint_path: "a\0b"'), ["checkpoint"]),
     "wrong JSON": (lambda f: (f / "hparams.json").write_text("{"), ["hparams.json", "not JSON"]),
     "a web page": (lambda f: (f / utils.INDEX).write_text("<html>" * 20), [utils.INDEX, "no index"]),
     "no name": (lambda f: (f / "checkpoint").write_text("<html>"), ["checkpoint", "model_checkpoint_path"]),
@@ -177,6 +180,29 @@ def test_verify_lists_each_truncated_tensor(folder, command):
     assert (status, out.count("\n")) == (1, len(cut))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_other_number_types_of_hugging_face_folders(tmp_path, dtype):
+    ml_dtypes = oracle("ml_dtypes")
+    from safetensors.numpy import load_file, save_file
+
+    folder = shutil.copytree(GOLDEN / "hf", tmp_path / "hf")
+    dtype = {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)
+    tensors = {name: array.astype(dtype) for name, array in load_file(folder / "model.safetensors").items()}
+    save_file(
+        {name.removeprefix("transformer."): array for name, array in tensors.items()}, folder / "model.safetensors"
+    )
+    wte = load(folder)[2]["wte"]
+    assert wte.dtype == (np.float64 if dtype == "float64" else np.float32)
+    assert np.array_equal(wte, tensors["transformer.wte.weight"].astype(wte.dtype))
+
+
+def test_verify_neither_asks_the_network_nor_writes(tmp_path, command, offline):
+    folder = shutil.copytree(GOLDEN, tmp_path / "124M", ignore=shutil.ignore_patterns("golden*"))
+    (folder / "encoder.json").unlink()
+    status, out, _ = command("verify", str(folder), main={"verify": utils.verify})
+    assert (status, "encoder.json" in out, "fetch" in out) == (1, True, False)
+
+
 @pytest.mark.parametrize("damage", ["cut", "missing", "gelu"])
 def test_damaged_hugging_face_folders(tmp_path, damage, command):
     folder = shutil.copytree(GOLDEN / "hf", tmp_path / "hf")
@@ -187,6 +213,11 @@ def test_damaged_hugging_face_folders(tmp_path, damage, command):
         weights.unlink()
     else:
         edit_json(folder / "config.json", activation_function="gelu")
+    if damage == "gelu":
+        edit_json(folder / "config.json", n_embd=None)
+        with pytest.raises(OSError, match="n_embd must be a whole number"):
+            load(folder)
+        edit_json(folder / "config.json", n_embd=48)
     with pytest.raises(OSError, match={"gelu": "activation_function is 'gelu'"}.get(damage, "model.safetensors")):
         load(folder)
     status, out, _ = command("verify", str(folder), main={"verify": utils.verify})

@@ -14,6 +14,7 @@ import cli
 import gpt2
 import gpt2_pico
 import utils
+from inference.__main__ import main as front_door
 
 STORY = ["--model_size", "3M", "--n_tokens_to_generate", "12"]
 MANGLED_BY_FIRE = ["2019", "None", "1e5", "hello,world", "Yes, no", "[a]", "{a: 1}", "'quoted'", '"q"', "C# is"]
@@ -112,9 +113,42 @@ def test_the_window_may_be_filled_exactly(command, storyteller):
         (["--n_tokens_to_generate", "9" * 30], ["9" * 30, "256"]),
         (["--n_tokens_to_generate", "many"], ["--n_tokens_to_generate", "a whole number", "'many'"]),
         (["--n_tokens_to_generate", "2.5"], ["a whole number", "'2.5'"]),
-        (["--n_tokens_to_generate"], ["--n_tokens_to_generate", "a whole number"]),
+        (["--n_tokens_to_generate"], ["--n_tokens_to_generate needs a value"]),
         (["--n_tokens", "5"], ["unknown flag --n_tokens", "--n_tokens_to_generate"]),
         (["--whatever"], ["unknown flag --whatever", "--help"]),
+        (["--=3"], ["unknown flag --"]),
+        (["-x"], ["unknown flag -x"]),
+        (["--prompt_file"], ["--prompt_file needs a value"]),
+        (["--stop", "--json"], ["--stop needs a value"]),
+        (["--stop", ""], ["empty --stop"]),
+        (["--bad_words", " "], ["empty --bad_words"]),
+        (["--temperature", "-1"], ["temperature -1.0", "0 "]),
+        (["--temperature", "warm"], ["--temperature must be a number", "'warm'"]),
+        (["--temperature", "nan"], ["temperature nan"]),
+        (["--top_k", "40"], ["top_k 40 has no effect at temperature 0"]),
+        (["--top_p", "0.9"], ["top_p 0.9 has no effect at temperature 0"]),
+        (["--seed", "1"], ["--seed has no effect at --temperature 0"]),
+        (["--temperature", "1", "--top_k", "-1"], ["--top_k", "0 or more"]),
+        (["--temperature", "1", "--top_p", "1.5"], ["top_p 1.5"]),
+        (["--temperature", "1", "--seed", "-1"], ["--seed", "0 or more"]),
+        (["--repetition_penalty", "0"], ["repetition_penalty 0.0"]),
+        (["--min_new_tokens", "41"], ["--min_new_tokens 41", "40"]),
+        (["--overflow", "wrap"], ["--overflow 'wrap'", "slide"]),
+        (["--num_samples", "0"], ["--num_samples 0"]),
+        (["--num_samples", "3"], ["the same at --temperature 0"]),
+        (["--num_beams", "0"], ["--num_beams 0"]),
+        (["--num_beams", "3", "--temperature", "1"], ["--num_beams", "--temperature"]),
+        (["--num_beams", "3", "--top_k", "5"], ["--num_beams", "--top_k"]),
+        (["--num_beams", "3", "--stop", "x"], ["--num_beams", "--stop"]),
+        (["--num_beams", "3", "--trace", "5"], ["--trace", "--num_beams"]),
+        (["--num_beams", "3", "--num_samples", "2"], ["--num_samples"]),
+        (["--length_penalty", "2"], ["no effect without --num_beams"]),
+        (["--early_stopping", "true"], ["no effect without --num_beams"]),
+        (["--num_beams", "3", "--early_stopping", "maybe"], ["--early_stopping 'maybe'"]),
+        (["--num_beams", "3", "--length_penalty", "inf"], ["--length_penalty inf"]),
+        (["--batch"], ["--batch", "--prompt_file"]),
+        (["--num_samples", "2", "--temperature", "1", "--overflow", "slide"], ["--overflow slide"]),
+        (["--stop_at_eos", "perhaps"], ["'perhaps'"]),
         (["upon", "a"], ["'upon'", "quotes"]),
         (["--", "x"], ["--prompt="]),
         (["--prompt_file", "x"], ["two prompts"]),
@@ -149,14 +183,86 @@ def test_stdin_that_is_no_text(command, monkeypatch):
     assert (status, out, err.count("\n")) == (2, "", 1)
 
 
+@pytest.mark.parametrize(("content", "word"), [(b"", "no lines"), (b"a\n\xff\n", "no UTF-8"), (b"\n", "no lines")])
+def test_prompt_files_that_are_no_batch(content, word, command, tmp_path):
+    (tmp_path / "prompts").write_bytes(content)
+    status, out, err = command("--prompt_file", str(tmp_path / "prompts"), "--batch", *STORY)
+    assert (status, out, err.count("\n"), word in err) == (2, "", 1, True)
+
+
+def test_a_batch_is_each_prompt_alone_in_their_order(command, tmp_path):
+    prompts = ["Once upon a time", "The cat", "", "Lily and Ben went to the park. They"]
+    (tmp_path / "prompts").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    alone = [command(prompt, *STORY)[1].removesuffix("\n") for prompt in prompts]
+    flags = ["--prompt_file", str(tmp_path / "prompts"), "--batch", *STORY]
+    assert command(*flags) == (0, "\n---\n".join(alone) + "\n", "")
+    lines = [json.loads(line) for line in command(*flags, "--json")[1].splitlines()]
+    assert [line["prompt"] for line in lines] == prompts
+    assert [line["text"] for line in lines] == alone
+    keys = {"prompt", "text", "token_ids", "log_probabilities", "stop_reason", "seconds"}
+    assert all(set(line) == keys for line in lines)
+    assert all(len(line["token_ids"]) == len(line["log_probabilities"]) == 12 for line in lines)
+    assert lines[0]["stop_reason"] == "length"
+
+
+def test_sample_i_has_seed_plus_i(command):
+    warm = ["Once upon a time", *STORY, "--temperature", "0.9", "--top_k", "40", "--top_p", "0.95"]
+    alone = [command(*warm, "--seed", str(seed))[1].removesuffix("\n") for seed in (5, 6, 7)]
+    assert len(set(alone)) == 3
+    assert command(*warm, "--seed", "5", "--num_samples", "3")[1] == "\n---\n".join(alone) + "\n"
+
+
+def test_beams(command):
+    flags = ["Once upon a time", *STORY, "--num_beams", "4"]
+    lines = [json.loads(line) for line in command(*flags, "--json")[1].splitlines()]
+    assert len(lines) == 4
+    assert [line["score"] for line in lines] == sorted((line["score"] for line in lines), reverse=True)
+    assert command(*flags) == (0, lines[0]["text"] + "\n", "")
+
+
+def test_stop_and_bad_words_may_be_given_several_times(command):
+    assert command("Once upon a time", *STORY, "--stop", "girl", "--stop", " little")[1] == ", there was a\n"
+    out = command("Once upon a time", *STORY, "--bad_words", "little", "--bad_words=girl")[1]
+    assert "little" not in out
+    assert "girl" not in out
+
+
+def test_min_new_tokens_and_stop_at_eos(command):
+    flags = ["Once upon a time", "--model_size", "3M", "--n_tokens_to_generate", "200", "--json"]
+    stopped = json.loads(command(*flags)[1])
+    assert stopped["stop_reason"] == "end_of_text"
+    longer = json.loads(command(*flags, "--min_new_tokens", str(len(stopped["token_ids"]) + 5))[1])
+    assert len(longer["token_ids"]) > len(stopped["token_ids"]) + 4
+    assert "<|endoftext|>" in json.loads(command(*flags, "--nostop_at_eos")[1])["text"]
+
+
+def test_sliding_goes_on_and_says_so_once(command):
+    flags = ["Once upon a time", "--model_size", "3M", "--n_tokens_to_generate", "600", "--nostop_at_eos", "--json"]
+    status, out, err = command(*flags, "--overflow", "slide")
+    assert (status, len(json.loads(out)["token_ids"]), err.count("\n")) == (0, 600, 1)
+    assert "n_ctx" in err
+
+
+def test_trace_is_an_aligned_table_on_stderr(command):
+    status, out, err = command("Once upon a time", *STORY, "--trace", "5")
+    assert (status, out) == command("Once upon a time", *STORY)[:2]
+    lines = err.splitlines()
+    assert len(lines) == 1 + 12
+    assert len({len(line.rstrip()) for line in lines[1:]}) == 1
+    assert "\033" not in err
+    assert lines[1].split()[:2] == ["1", ","]
+    assert lines[3].split()[1] == ",␣there"
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_fits_a_screen_and_explains_every_flag(flag, command):
     status, out, err = command(flag)
     assert status == 0
     text = out + err
-    for name in gpt2.main.__kwdefaults__:
-        assert f"--{name}=" in text
-    assert text.count("\n") < 60
+    for name in front_door.__kwdefaults__:
+        assert f"--{name} " in text
+    assert text.count("\n") < 40
+    assert max(map(len, text.splitlines())) <= 128
     assert "surplus" not in text.lower(), "what strict adds is not for the user"
 
 
@@ -170,7 +276,14 @@ def test_a_command_that_is_none(arguments, command):
 def test_pico_runs_the_same_way(command):
     status, out, _ = command("Once upon a time", *STORY, main=gpt2_pico.main)
     assert (status, out) == command("Once upon a time", *STORY)[:2]
+    long = ["Once upon a time", "--model_size", "3M", "--n_tokens_to_generate", "230"]
+    assert command(*long, main=gpt2_pico.main)[:2] == command(*long)[:2]
     assert command("Once", "--model_size", "3M", "--n_tokens_to_generate", "300", main=gpt2_pico.main)[0] == 2
+
+
+def test_the_front_door_from_python(capsys):
+    gpt2.main("Once upon a time", model_size="3M", n_tokens_to_generate=3)
+    assert capsys.readouterr().out == ", there was\n"
 
 
 def test_booleans_and_floats():
@@ -180,6 +293,13 @@ def test_booleans_and_floats():
     for kind, text in [(bool, "yes"), (float, "a")]:
         with pytest.raises(ValueError, match=text):
             cli.convert("x", kind, text)
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-"])
+def test_a_stream_that_is_closed(redirection):
+    line = f"exec '{sys.executable}' gpt2.py Once --model_size 3M --n_tokens_to_generate 3 {redirection}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def start(*arguments, **options):
@@ -217,8 +337,8 @@ def test_it_runs_from_any_folder_and_under_any_encoding(tmp_path):
 def test_nothing_that_is_heavy_is_imported_for_a_story():
     code = (
         "import sys, time; sys.argv = ['gpt2.py', 'Once', '--model_size', '3M', '--n_tokens_to_generate', '2']\n"
-        "import gpt2, cli\n"
-        "try: cli.run(gpt2.main, 'gpt2.py')\n"
+        "import runpy\n"
+        "try: runpy.run_path('gpt2.py', run_name='__main__')\n"
         "except SystemExit: import json; print(json.dumps(sorted(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout

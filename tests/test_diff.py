@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, oracle
 
 import gpt2
 from tools import diff
 
-pytest.importorskip("jax")
+oracle("jax")
 MODEL = ["--model_size", "3M"]
 LAYERS = ["gelu", "softmax", "layer_norm", "linear", "ffn", "attention", "split_heads", "merge_heads", "mha"]
 LAYERS += ["transformer_block", "embed", "unembed"]

@@ -1,10 +1,11 @@
 """The tokenizer against tiktoken and tokenizers built from the same two files, published ids, and hard texts."""
 
 import itertools
+import json
 import random
 
 import pytest
-from conftest import GOLDEN, ROOT, SHARED, shared
+from conftest import GOLDEN, ROOT, SHARED, oracle, shared
 
 import encoder
 
@@ -60,7 +61,7 @@ def openai():
 
 
 def tiktoken_of(folder):
-    tiktoken = pytest.importorskip("tiktoken")
+    tiktoken = oracle("tiktoken")
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
     ours = encoder.get_encoder(folder.name, folder.parent)
@@ -70,16 +71,16 @@ def tiktoken_of(folder):
         ranks = {ours.token_bytes(i): i for i in ours.spellings if i != ours.end_of_text}
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
     special = {encoder.END_OF_TEXT: ours.end_of_text}
-    oracle = tiktoken.Encoding("oracle", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    return oracle.encode_ordinary
+    theirs = tiktoken.Encoding("oracle", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return theirs.encode_ordinary
 
 
 def tokenizers_of(folder):
-    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers = oracle("tokenizers")
     model = tokenizers.models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
-    oracle = tokenizers.Tokenizer(model)
-    oracle.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return lambda text: oracle.encode(text).ids
+    theirs = tokenizers.Tokenizer(model)
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return lambda text: theirs.encode(text).ids
 
 
 def random_texts(n, seed=0):
@@ -220,33 +221,54 @@ def test_ids_out_of_range_raise(ours, bad):
             decode([1, bad])
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("encoder.json", b'{"a": 0', "not JSON"),
-        ("encoder.json", b"[]", "a JSON object was expected"),
-        ("encoder.json", b'{"a": "b"}', "a token without a whole number"),
-        ("encoder.json", b"\xff\xfe", "no UTF-8 text"),
-        ("vocab.bpe", b"#version: 0.2\na b c\n", "is not two symbols"),
-        ("vocab.bpe", None, "No such file"),
-        ("vocab.bpe", "folder", "Is a directory"),
-    ],
-)
-def test_a_damaged_file_is_named(tmp_path, name, content, message):
-    (tmp_path / "encoder.json").write_text('{"a": 0}')
-    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n")
+DAMAGES = {
+    "cut JSON": ("encoder.json", '{"a": 0', "not JSON"),
+    "deep JSON": ("encoder.json", "[" * 100_000, "not JSON"),
+    "a list": ("encoder.json", "[]", "a JSON object was expected"),
+    "nothing in it": ("encoder.json", "{}", "its ids must be"),
+    "no number": ("encoder.json", '{"a": "b"}', "its ids must be"),
+    "a hole": ("encoder.json", {"!": 600}, "its ids must be"),
+    "a negative id": ("encoder.json", {"!": -1}, "its ids must be"),
+    "not UTF-8": ("encoder.json", b"\xff\xfe", "no UTF-8 text"),
+    "three symbols": ("vocab.bpe", "#version: 0.2\na b c\n", "is not two symbols"),
+    "missing": ("vocab.bpe", None, "No such file"),
+    "a folder": ("vocab.bpe", ..., "Is a directory"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_file_is_named(tmp_path, kind):
+    name, content, message = DAMAGES[kind]
+    for file in ("encoder.json", "vocab.bpe"):
+        (tmp_path / file).write_bytes((GOLDEN / file).read_bytes())
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((GOLDEN / name).read_text(encoding="utf-8")) | content)
     (tmp_path / name).unlink()
-    if content == "folder":
+    if content is ...:
         (tmp_path / name).mkdir()
     elif content is not None:
-        (tmp_path / name).write_bytes(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(OSError) as raised:
         encoder.get_encoder(tmp_path.name, tmp_path.parent)
     assert message in str(raised.value)
     assert name in str(raised.value)
 
 
-def test_files_that_do_not_match_say_so(ours):
-    mixed = encoder.Encoder({"h": 0, "e": 1}, [("h", "e")])
-    with pytest.raises(ValueError, match=r"no id for 'he'.*do they match"):
-        mixed.encode("he")
+def test_no_merges_at_all_are_a_tokenizer_of_bytes(tmp_path):
+    (tmp_path / "encoder.json").write_bytes((GOLDEN / "encoder.json").read_bytes())
+    (tmp_path / "vocab.bpe").write_bytes(b"")
+    assert len(encoder.get_encoder(tmp_path.name, tmp_path.parent).encode("hello")) == 5
+
+
+def test_files_that_do_not_match_say_so():
+    for mixed in (encoder.Encoder({"h": 0, "e": 1}, [("h", "e")]), encoder.Encoder({"h": 0, "日": 1}, [])):
+        with pytest.raises(OSError, match=r"'he', which has no id|'日', is not spelled"):
+            mixed.check()
+    with pytest.raises(OSError, match=r"'he', which has no id"):
+        encoder.Encoder({"h": 0, "e": 1}, [("h", "e")]).encode("he")
+    with pytest.raises(OSError, match="not spelled"):
+        encoder.Encoder({"日": 0}, []).decode([0])
+
+
+def test_a_sound_tokenizer_passes_the_check(ours):
+    ours.check()

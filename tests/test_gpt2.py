@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, cast, random_params
+from conftest import ROOT, cast, oracle, random_params
 
 import gpt2
 import gpt2_pico
@@ -86,6 +86,11 @@ def test_attention_equals_loops():
     assert np.allclose(gpt2.attention(q, k, v, mask), loop_attention(q, k, v, mask), atol=1e-14)
 
 
+def test_a_masked_key_has_no_weight_however_well_it_matches():
+    q, k, v = np.array([[1e3, 0]]), np.array([[1e3, 0], [1.0, 0]]), np.array([[7.0, 7], [1, 2]])
+    assert gpt2.attention(q, k, v, np.array([[False, True]])).tolist() == [[1, 2]]
+
+
 def test_mha_equals_loops_over_heads():
     block, n_head = cast(random_params(), float)["blocks"][0]["attn"], 2
     x = np.random.default_rng(2).normal(size=(5, 6))
@@ -106,7 +111,7 @@ def test_no_token_sees_a_later_one():
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_each_layer_keeps_the_dtype(dtype, monkeypatch):
     if dtype == "bfloat16":
-        dtype = pytest.importorskip("ml_dtypes").bfloat16
+        dtype = oracle("ml_dtypes").bfloat16
     seen = set()
     for name in ("gelu", "softmax", "layer_norm", "linear", "ffn", "attention", "mha", "transformer_block"):
         layer = getattr(gpt2, name)
@@ -123,7 +128,7 @@ def test_each_layer_keeps_the_dtype(dtype, monkeypatch):
 
 
 def test_bfloat16_statistics_are_those_of_float32():
-    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    bfloat16 = oracle("ml_dtypes").bfloat16
     x = np.random.default_rng(0).normal(1, 3, size=(4, 768)).astype(bfloat16)
     g, b = np.ones(768, bfloat16), np.zeros(768, bfloat16)
     wide = x.astype(np.float32)

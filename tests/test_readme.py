@@ -1,10 +1,12 @@
 """What the README claims is so."""
 
+import ast
 import re
 import shlex
+import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, oracle
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BUDGETS = re.findall(r"^\| \[(\S+?)\]\(\S+\) \| (\d+) \|", README, flags=re.MULTILINE)
@@ -36,10 +38,29 @@ def test_there_are_two_commands_to_set_up_and_one_output():
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
 def test_shown_code_runs(code):
-    pytest.importorskip("jax")
+    oracle("jax")
     exec(code, {})
 
 
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+PACKAGES = {"google_crc32c": "google-crc32c"}  # where a package has another name than its module
+OPTIONAL = {"jax", "ml_dtypes"}  # the error that names them gives the command
+
+
+def test_every_import_is_required():
+    """The packages of the tests would bring most of these along, so that a missing line would go unnoticed."""
+    required = re.findall(r"^([\w-]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    files = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if path.parent.name != "tests"]
+    ours = {path.stem for path in files} | {path.parent.name for path in files}
+    imported = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            imported |= {name.split(".")[0] for name in names}
+    foreign = imported - ours - set(sys.stdlib_module_names) - OPTIONAL
+    assert {PACKAGES.get(name, name) for name in foreign} == set(required)

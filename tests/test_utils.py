@@ -154,6 +154,53 @@ def test_a_part_of_something_else_is_noticed_and_not_kept(server, tmp_path):
     assert contents(tmp_path) == server.files
 
 
+def test_a_damaged_index_is_fetched_again_before_the_data_is_judged_by_it(server, tmp_path):
+    for name in (*utils.TF_FILES[:-2], utils.INDEX):
+        (tmp_path / name).write_bytes(server.files[name])
+    (tmp_path / utils.INDEX).write_bytes(server.files[utils.INDEX][:-20])
+    utils.download_gpt2_files("124M", tmp_path, server.url)
+    assert [name for name, _ in server.asked] == [utils.INDEX, utils.DATA]
+    assert contents(tmp_path) == server.files
+
+
+class Answer:
+    """What requests.get gives, as far as `fetch` looks; an older urllib3 would not notice that the body is short."""
+
+    status_code, url = 200, "http://somewhere"
+
+    def __init__(self, body, announced):
+        self.body, self.headers = body, {"Content-Length": str(announced)}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def raise_for_status(self):
+        pass
+
+    def iter_content(self, _size):
+        yield self.body
+
+
+def test_a_body_shorter_than_announced_is_noticed_and_every_request_has_a_timeout(tmp_path, monkeypatch):
+    def get(_url, timeout, **_):
+        assert max(timeout) <= 60
+        return Answer(b"x" * 100, 107)
+
+    monkeypatch.setattr("requests.get", get)
+    with pytest.raises(OSError, match="announced 107 bytes and sent 100"):
+        utils.fetch("http://somewhere", tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_an_address_that_is_none(tmp_path, command):
+    for url in ("http://", "http://a b:99999", "ftp://x"):
+        status, out, err = command("x", "--model_size", "124M", "--models_dir", str(tmp_path), "--base_url", url)
+        assert (status, out, err.count("\n")) == (2, "", 1), err
+
+
 FAILURES = [
     ("hparams.json", None, "HTTP 404"),
     (utils.DATA, None, "HTTP 404"),

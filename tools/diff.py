@@ -216,7 +216,7 @@ def main(prompt: str = "Once upon a time", *, model_size: str = "3M", models_dir
         json: print one JSON object in place of the table
     """
     encoder, hparams, params = utils.load_encoder_hparams_and_params(model_size, models_dir)
-    ids = encoder.encode(prompt) or [encoder.end_of_text]
+    ids = utils.first_ids(encoder, prompt)
     gpt2.check_inputs(ids, 0, hparams["n_vocab"], hparams["n_ctx"])
     other = {"recording": load_recording(against, ids, params)} if against else {}
     settings = {f"{backend_a} {dtype_a}": (backend_a, dtype_a)}

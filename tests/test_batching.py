@@ -1,0 +1,71 @@
+"""A row of a batch is what its prompt gives alone."""
+
+import numpy as np
+import pytest
+from conftest import oracle
+from test_jax import STORY_PROMPTS
+
+import backends
+from inference import batching, kv_cache
+from inference.sampling import Settings
+from inference.stream import Row, stream
+
+oracle("jax")
+SETTINGS = {"greedy": Settings(), "sampled": Settings(0.8, 50, 0.95, bad_words=((5,),))}
+
+
+def prompts_of_16_lengths(encoder):
+    ids = encoder.encode(" ".join(STORY_PROMPTS))
+    return [ids[3 * i : 3 * i + 1 + 2 * i] for i in range(16)]
+
+
+@pytest.mark.parametrize("backend", backends.NAMES)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_each_row_equals_its_prompt_alone(storyteller, backend, settings):
+    encoder, hparams, params = storyteller
+    model = kv_cache.load(params, hparams["n_head"], backend)
+
+    def rows():
+        for i, ids in enumerate(prompts_of_16_lengths(encoder)):
+            end_ids = [encoder.end_of_text] if i % 2 else []
+            yield Row(encoder, ids, 12 + i, SETTINGS[settings], seed=7 + i, end_ids=end_ids, stop=[" a"] * (i % 3 == 0))
+
+    together, alone = list(rows()), list(rows())
+    batching.finish(model, together)
+    for a, b in zip(together, alone, strict=True):
+        list(stream(model, b))
+        assert (a.ids, a.text, a.stop_reason) == (b.ids, b.text, b.stop_reason)
+    assert {row.stop_reason for row in together} >= {"length", "stop"}
+
+
+def test_the_same_seed_draws_the_same_text_on_both_backends(storyteller):
+    encoder, hparams, params = storyteller
+    found = []
+    for backend in backends.NAMES:
+        model = kv_cache.load(params, hparams["n_head"], backend)
+        settings = Settings(0.8, 50, 0.95)
+        rows = [Row(encoder, encoder.encode(prompt), 100, settings, seed=i) for i, prompt in enumerate(STORY_PROMPTS)]
+        batching.finish(model, rows)
+        found.append([row.new for row in rows])
+    assert len(found[0]) == 20
+    assert found[0] == found[1]
+
+
+def test_logits_of_a_batch_are_those_of_its_rows(storyteller):
+    _, hparams, params = storyteller
+    model = kv_cache.load(params, hparams["n_head"], "jax")
+    cache = batching.start(model, 3, 20)
+    logits, cache = batching.read(model, [[1, 2, 3], [4], [5, 6]], cache, [0, 0, 0])
+    logits, cache = batching.read(model, [[7], [8], [9]], cache, [3, 1, 2])
+    for i, ids in enumerate(([1, 2, 3, 7], [4, 8], [5, 6, 9])):
+        alone, _ = kv_cache.read(model, ids, kv_cache.start(model, 20), 0)
+        assert np.abs(np.asarray(logits[i] - alone)).max() <= 2e-5
+
+
+def test_rows_that_want_nothing(storyteller):
+    encoder, hparams, params = storyteller
+    model = kv_cache.load(params, hparams["n_head"])
+    rows = [Row(encoder, [1, 2, 3], 0), Row(encoder, [4], 2)]
+    batching.finish(model, rows)
+    batching.finish(model, rows)
+    assert [len(row.new) for row in rows] == [0, 2]

@@ -1,0 +1,135 @@
+"""The cache changes nothing but the time: every way of splitting a text gives the logits of the whole."""
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import oracle, random_params
+
+import backends
+import gpt2
+from inference import kv_cache
+
+jax = oracle("jax")
+
+
+def splits(n):
+    """All of n tokens in one piece; one by one; a prompt and then one by one; in pieces of many sizes."""
+    yield [n]
+    yield [1] * n
+    for size in {2, 3, 7, 16} & set(range(n)):
+        yield [size] * (n // size) + [n % size] * (n % size > 0)
+        yield [size] + [1] * (n - size)
+        yield [n - size, size]
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_every_split_gives_the_uncached_logits(golden, case):
+    ids, params, n_head = golden["cases"][case]["ids"], golden["params"], golden["hparams"]["n_head"]
+    expected = gpt2.gpt2(ids, **params, n_head=n_head)
+    for split in splits(len(ids)):
+        cache, position, rows = kv_cache.new_cache(params, len(ids) + 3), 0, []
+        for n in split:
+            tokens = ids[position : position + n]
+            logits, cache = kv_cache.forward(params, tokens, cache, position, n_head=n_head)
+            rows, position = [*rows, logits], position + n
+        assert np.abs(np.concatenate(rows) - expected).max() <= 2e-5, split
+        assert np.abs(expected - golden["arrays"][f"logits_{case}"]).max() <= 2e-5
+
+
+@pytest.mark.parametrize("backend", backends.NAMES)
+@pytest.mark.parametrize("case", [1, 2])
+def test_read_gives_the_last_row_however_the_prompt_is_split(golden, backend, case):
+    ids, params, n_head = golden["cases"][case]["ids"], golden["params"], golden["hparams"]["n_head"]
+    model = kv_cache.load(params, n_head, backend)
+    expected = gpt2.gpt2(ids, **params, n_head=n_head)
+    for split in splits(len(ids)):
+        cache, position = kv_cache.start(model, len(ids)), 0
+        for n in split:
+            logits, cache = kv_cache.read(model, ids[position : position + n], cache, position)
+            position += n
+            assert np.abs(model.backend.to_numpy(logits) - expected[position - 1]).max() <= 2e-5, (split, position)
+
+
+@pytest.mark.parametrize("backend", backends.NAMES)
+def test_greedy_ids_are_those_of_the_plain_loop(golden, backend):
+    params, n_head = golden["params"], golden["hparams"]["n_head"]
+    for case in golden["cases"]:
+        ids = list(case["ids"])
+        for _ in range(2):  # the second call finds nothing of the first
+            assert kv_cache.generate(ids, params, n_head, 24, backend) == case["greedy_24"]
+        assert ids == case["ids"]
+
+
+@pytest.mark.parametrize("backend", backends.NAMES)
+def test_the_window_may_be_filled_and_no_more(golden, backend):
+    params, n_head, n_ctx = golden["params"], golden["hparams"]["n_head"], golden["hparams"]["n_ctx"]
+    ids = [i % 512 for i in range(7, 7 + n_ctx)]
+    for n_prompt in (n_ctx - 1, n_ctx - 10, 65):
+        expected = gpt2.generate(ids[:n_prompt], params, n_head, n_ctx - n_prompt)
+        assert kv_cache.generate(ids[:n_prompt], params, n_head, n_ctx - n_prompt, backend) == expected
+    assert kv_cache.generate(ids, params, n_head, 0, backend) == []
+
+
+@pytest.mark.parametrize(("n_prompt", "n_new"), [(97, 0), (96, 1), (1, 96)])
+def test_too_much_raises_before_any_compute(golden, n_prompt, n_new, monkeypatch):
+    monkeypatch.setattr(kv_cache, "load", None)
+    with pytest.raises(ValueError, match="n_ctx 96"):
+        kv_cache.generate([1] * n_prompt, golden["params"], golden["hparams"]["n_head"], n_new)
+
+
+def test_numpy_writes_into_the_one_cache_and_copies_none(golden):
+    params, n_head = golden["params"], golden["hparams"]["n_head"]
+    cache = kv_cache.new_cache(params, 8)
+    assert cache.shape == (3, 2, 8, 48)
+    assert kv_cache.forward(params, [1, 2], cache, 0, n_head=n_head)[1] is cache
+    assert np.abs(cache[:, :, :2]).min() > 0
+    assert np.abs(cache[:, :, 2:]).max() == 0
+
+
+def test_jax_compiles_one_program_per_bucket_and_one_for_decoding(golden, monkeypatch):
+    traced = []
+    forward = kv_cache.forward
+    monkeypatch.setattr(kv_cache, "forward", lambda *a, **k: traced.append(a[1].shape) or forward(*a, **k))
+    kv_cache.compiled.cache_clear()
+    params = backends.get("jax").asarray(golden["params"])
+    for n_prompt in range(1, 61, 2):
+        kv_cache.generate([5] * n_prompt, params, golden["hparams"]["n_head"], 20, "jax")
+    kv_cache.compiled.cache_clear()
+    assert sorted(traced) == [(1,), (16,), (32,), (64,)], "the first serves both a prompt of one token and decoding"
+
+
+def test_a_chunk_at_the_end_of_the_cache_is_not_moved_back(golden):
+    """JAX would shift a padded chunk that does not fit to the left, over what stands there."""
+    ids, params, n_head = golden["cases"][2]["ids"], golden["params"], golden["hparams"]["n_head"]
+    ids = (ids * 3)[:96]
+    model = kv_cache.load(params, n_head, "jax")
+    cache = kv_cache.start(model, 96)
+    assert cache.shape[2] == 96
+    _, cache = kv_cache.read(model, ids[:91], cache, 0)
+    logits, _ = kv_cache.read(model, ids[91:], cache, 91)
+    assert np.abs(np.asarray(logits) - gpt2.gpt2(ids, **params, n_head=n_head)[-1]).max() <= 2e-5
+
+
+@pytest.mark.parametrize("backend", backends.NAMES)
+def test_the_cache_has_the_params_dtype(backend):
+    params = backends.get(backend).asarray(kv_cache_params("bfloat16"))
+    model = kv_cache.load(params, 2, backend)
+    logits, cache = kv_cache.read(model, [1, 2, 3], kv_cache.start(model, 8), 0)
+    assert cache.dtype == logits.dtype == "bfloat16"
+
+
+def kv_cache_params(dtype):
+    import checkpoint
+
+    return checkpoint.cast(random_params(), dtype)
+
+
+def test_a_position_that_is_traced_gives_what_a_known_one_gives(golden):
+    params = backends.get("jax").asarray(golden["params"])
+    ids, n_head = golden["cases"][1]["ids"], golden["hparams"]["n_head"]
+    traced = jax.jit(lambda tokens, cache, at: kv_cache.forward(params, tokens, cache, at, n_head=n_head))
+    for position, cache in itertools.product([0, 5], [kv_cache.new_cache(params, 32)]):
+        tokens = np.array(ids)
+        known, _ = kv_cache.forward(params, tokens, cache, position, n_head=n_head)
+        assert np.abs(known - traced(tokens, cache, position)[0]).max() <= 2e-5

@@ -1,0 +1,226 @@
+"""Processors and warpers against plain loops over a list of numbers, analytic vectors, and the law of large numbers."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+from conftest import oracle
+
+import backends
+from inference import sampling
+from inference.sampling import Settings
+
+INF = math.inf
+
+
+# ---- An independent implementation: lists and loops ----
+
+
+def plain_softmax(row):
+    top = max(row)
+    weights = [math.exp(x - top) for x in row]
+    return [w / math.fsum(weights) for w in weights]
+
+
+def plain_repetition_penalty(row, ids, penalty):
+    return [(x * penalty if x < 0 else x / penalty) if i in ids else x for i, x in enumerate(row)]
+
+
+def plain_min_new_tokens(row, n_new, minimum, end_ids):
+    return [-INF if n_new < minimum and i in end_ids else x for i, x in enumerate(row)]
+
+
+def plain_bad_words(row, ids, sequences):
+    row = list(row)
+    for sequence in sequences:
+        n = len(sequence) - 1
+        if n <= len(ids) and tuple(ids[len(ids) - n :]) == tuple(sequence[:-1]):
+            row[sequence[-1]] = -INF
+    return row
+
+
+def plain_top_k(row, k):
+    ranked = sorted(range(len(row)), key=lambda i: (-row[i], i))
+    return [x if i in ranked[: k or len(row)] else -INF for i, x in enumerate(row)]
+
+
+def plain_top_p(row, p):
+    probabilities, kept, mass = plain_softmax(row), set(), 0.0
+    for i in sorted(range(len(row)), key=lambda i: (-row[i], i)):
+        if mass >= p:
+            break
+        kept.add(i)
+        mass += probabilities[i]
+    return [x if i in kept else -INF for i, x in enumerate(row)]
+
+
+def cases(n=1000, n_vocab=None):
+    for seed in range(n):
+        rng = random.Random(seed)
+        row = [rng.gauss(0, 3) for _ in range(n_vocab or rng.randrange(2, 40))]
+        ids = rng.choices(range(len(row)), k=rng.randrange(12))
+        yield rng, row, ids
+
+
+PROCESSORS = {
+    "repetition_penalty": lambda rng, row, ids: (ids, rng.choice([0.5, 1.0, 1.2, 2.0])),
+    "min_new_tokens": lambda rng, row, ids: (rng.randrange(4), rng.randrange(4), [rng.randrange(len(row))]),
+    "bad_words": lambda rng, row, ids: (ids, random_words(rng, row, ids)),
+    "top_k": lambda rng, row, ids: (rng.randrange(len(row) + 3),),
+    "top_p": lambda rng, row, ids: (rng.choice([1e-9, rng.random() or 0.5, 1 - 1e-9]),),
+}
+
+
+def random_words(rng, row, ids):
+    """Some that match the end of ids, some that do not."""
+    tails = [ids[len(ids) - n :] for n in range(min(3, len(ids)) + 1)]
+    return [tuple(rng.choice([*tails, [0, 0]])) + (rng.randrange(len(row)),) for _ in range(3)]
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_equals_the_independent_implementation(name):
+    ours, plain = getattr(sampling, name), globals()[f"plain_{name}"]
+    for rng, row, ids in cases():
+        arguments = PROCESSORS[name](rng, row, ids)
+        assert ours(np.array(row), *arguments).tolist() == pytest.approx(plain(row, *arguments), rel=1e-14), arguments
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_same_code_on_jax(name):
+    jax = oracle("jax")
+    ours = getattr(sampling, name)
+    for rng, row, ids in cases(20, n_vocab=12):
+        arguments = PROCESSORS[name](rng, row, ids) if name != "top_p" else (rng.uniform(0.1, 0.9),)
+        row = np.float32(row)
+        there = ours(jax.numpy.asarray(row), *arguments)
+        assert isinstance(there, jax.Array)
+        here = ours(row, *arguments)
+        assert np.array_equal(np.isfinite(here), np.isfinite(np.asarray(there))), (name, arguments)
+        assert np.allclose(here, np.asarray(there), rtol=1e-6)
+
+
+def test_transformers_agrees():
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    for rng, row, ids in list(cases(200)):
+        ids, logits = ids or [0], np.array(row)
+        row_t, ids_t = torch.tensor([row], dtype=torch.float64), torch.tensor([ids])
+        k, p, penalty = rng.randrange(1, len(row)), rng.uniform(0.05, 0.95), rng.choice([0.8, 1.3])
+        words = [list(word) for word in random_words(rng, row, ids)]
+        for theirs, ours in [
+            (transformers.TopKLogitsWarper(k), sampling.top_k(logits, k)),
+            (transformers.TopPLogitsWarper(p), sampling.top_p(logits, p)),
+            (transformers.TemperatureLogitsWarper(0.7), sampling.temperature(logits, 0.7)),
+            (transformers.RepetitionPenaltyLogitsProcessor(penalty), sampling.repetition_penalty(logits, ids, penalty)),
+            (transformers.NoBadWordsLogitsProcessor(words), sampling.bad_words(logits, ids, words)),
+        ]:
+            assert theirs(ids_t, row_t.clone())[0].tolist() == pytest.approx(ours.tolist(), rel=1e-12)
+
+
+def kept(logits):
+    return {i for i, x in enumerate(np.asarray(logits)) if x > -INF}
+
+
+def test_published_vectors():
+    assert kept(sampling.top_p(np.log([0.4, 0.3, 0.2, 0.1]), 0.8)) == {0, 1, 2}
+    assert kept(sampling.top_k(np.array([1.0, 2, 2, 2, 3]), 3)) == {4, 1, 2}
+    with np.errstate(divide="ignore"):
+        assert kept(sampling.top_k(np.log([0.4, 0.3, 0.3, 0]), 2)) == {0, 1}
+    assert sampling.repetition_penalty(np.array([4.0, -4.0]), [0, 1], 2).tolist() == [2, -8]
+    for logits in (np.array([0.1, 5.0, 5.0, -2.0]), np.array([-3.0, -1.0])):
+        best = int(np.argmax(logits))
+        for settings in (Settings(0), Settings(1, top_k=1), Settings(1, top_p=1e-9), Settings(1e-5)):
+            assert sampling.choose(logits, [], 0, settings, 0.0) == best
+        assert sampling.choose(logits, [], 0, Settings(1, top_k=1), 0.999) == best
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_neutral_values_change_nothing_at_all(dtype):
+    row = np.random.default_rng(0).normal(size=50).astype(dtype)
+    for same in [
+        sampling.repetition_penalty(row, [1, 2], 1.0),
+        sampling.min_new_tokens(row, 0, 0, [3]),
+        sampling.bad_words(row, [1], ()),
+        sampling.temperature(row, 1.0),
+        sampling.top_k(row, 0),
+        sampling.top_k(row, 50),
+        sampling.top_k(row, 99),
+        sampling.top_p(row, 1.0),
+    ]:
+        assert same is row
+
+
+def test_among_equals_the_lower_ids_stay():
+    rng = random.Random(0)
+    for _ in range(300):
+        row = [rng.randrange(4) for _ in range(rng.randrange(2, 12))]
+        k = rng.randrange(1, len(row) + 1)
+        assert sampling.top_k(np.array(row, float), k).tolist() == plain_top_k(row, k)
+
+
+def test_top_p_keeps_at_least_the_best_and_the_one_that_crosses():
+    assert kept(sampling.top_p(np.log([0.5, 0.25, 0.125, 0.125]), 0.5)) == {0}
+    assert kept(sampling.top_p(np.log([0.5, 0.25, 0.125, 0.125]), 0.500001)) == {0, 1}
+    assert kept(sampling.top_p(np.zeros(50257), 1e-9)) == {0}
+
+
+def test_200000_draws_have_the_distribution_they_should():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=50) * 1.5
+    probabilities = np.array(plain_softmax(list(logits)))
+    coins = np.random.default_rng(1).random(200_000)
+    drawn = np.array([sampling.sample(logits, coin) for coin in coins])
+    counts = np.bincount(drawn, minlength=50)
+    chi2 = ((counts - 200_000 * probabilities) ** 2 / (200_000 * probabilities)).sum()
+    assert chi2 < 85.35, "the 99.9% quantile of chi-squared with 49 degrees of freedom"
+
+
+@pytest.mark.parametrize("backend", backends.NAMES)
+def test_sample_takes_no_banned_token_and_never_runs_off_the_end(backend):
+    library = backends.get(backend)
+    rng = np.random.default_rng(2)
+    for n in (2, 17, 50257):
+        logits = rng.normal(size=n).astype(np.float32)
+        logits[rng.random(n) < 0.5] = -INF
+        logits[rng.integers(n)] = 1.0
+        row = library.asarray(logits)
+        for coin in (0.0, 1e-12, 0.3, 0.99999, 1 - 2**-24, 1 - 2**-53):
+            assert logits[int(sampling.sample(row, coin))] > -INF
+        assert int(sampling.sample(row, 0.0)) == min(kept(logits))
+    ends_in_nothing = library.asarray(np.float32([0, -200, -INF]))
+    assert int(sampling.sample(ends_in_nothing, 1 - 2**-53)) in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        (Settings(-1.0), "temperature -1.0"),
+        (Settings(math.nan), "temperature nan"),
+        (Settings(1e-9), "temperature 1e-09"),
+        (Settings(INF), "temperature inf"),
+        (Settings(1.0, top_k=-1), "top_k -1"),
+        (Settings(1.0, top_p=0.0), "top_p 0.0"),
+        (Settings(1.0, top_p=1.1), "top_p 1.1"),
+        (Settings(1.0, top_p=math.nan), "top_p nan"),
+        (Settings(repetition_penalty=0.0), "repetition_penalty 0.0"),
+        (Settings(repetition_penalty=-2.0), "repetition_penalty -2.0"),
+        (Settings(top_k=40), "no effect at temperature 0"),
+        (Settings(top_p=0.9), "no effect at temperature 0"),
+        (Settings(bad_words=((1, 2), ())), "empty bad word"),
+    ],
+)
+def test_values_out_of_range_are_refused(settings, word):
+    with pytest.raises(ValueError, match=word):
+        sampling.check(settings)
+
+
+def test_with_every_token_banned_there_is_an_error_and_no_nan():
+    settings = Settings(1.0, bad_words=((0,), (1,), (2,)))
+    with pytest.raises(ValueError, match="every token is banned"):
+        sampling.choose(np.zeros(3), [0], 0, settings, 0.5)
+
+
+def test_a_tiny_temperature_overflows_nothing():
+    logits = np.array([800.0, -800.0, 799.0])
+    assert sampling.choose(logits, [], 0, Settings(1e-5), 0.5) == 0

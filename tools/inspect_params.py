@@ -1,0 +1,46 @@
+"""What is in a model: every parameter, and how many there are of each kind.
+
+python -m tools.inspect_params --model_size 3M
+"""
+
+import numpy as np
+
+import checkpoint
+import cli
+import utils
+
+KINDS = {"embeddings": ("wte", "wpe"), "attention": ("attn",), "mlp": ("mlp",), "layer norms": ("ln_1", "ln_2", "ln_f")}
+
+
+def table(params):
+    """One line a parameter, then the totals."""
+    yield f"{'name':32} {'shape':>16} {'dtype':>8} {'mean':>11} {'std':>11}"
+    sizes = dict.fromkeys(KINDS, 0)
+    n_bytes, found = 0, []
+    checkpoint.map_params(lambda path, array: found.append((path, array)), params)
+    for path, array in found:
+        shape = ", ".join(map(str, array.shape))
+        mean, std = array.mean(dtype=np.float64), array.std(dtype=np.float64)
+        name = ".".join(map(str, path)).replace("blocks.", "h")
+        yield f"{name:32} {f'[{shape}]':>16} {array.dtype!s:>8} {mean:11.4e} {std:11.4e}"
+        sizes[next(kind for kind, names in KINDS.items() if set(names) & set(path))] += array.size
+        n_bytes += array.nbytes
+    total = sum(sizes.values())
+    yield ""
+    yield f"{'parameters':12} {total:>14,}   {n_bytes:,} bytes"
+    for kind, size in sizes.items():
+        yield f"{kind:12} {size:>14,}   {size / total:6.1%}"
+
+
+def main(model_size: str = "3M", *, models_dir: str = ""):
+    """Lists the parameters of a model: name, shape, dtype, mean, standard deviation; and how many are of each kind.
+
+    Args:
+        model_size: 3M, 124M, 355M, 774M, 1558M or a model folder
+        models_dir: where the folders of models are; left out, models/ of this repository
+    """
+    print("\n".join(table(utils.load_encoder_hparams_and_params(model_size, models_dir)[2])))
+
+
+if __name__ == "__main__":
+    cli.run(main, "python -m tools.inspect_params")
