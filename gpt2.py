@@ -71,7 +71,7 @@ def attention(q, k, v, mask):
     mask is boolean, [n_query, n_key]: True where that query may look at that key.
     """
     # A sum of d_head random products grows like sqrt(d_head). Divide that away, or softmax would heed one key alone.
-    scores = q @ k.mT / math.sqrt(q.shape[-1])  # [..., n_query, d_head] -> [..., n_query, n_key]
+    scores = q / math.sqrt(q.shape[-1]) @ k.mT  # [..., n_query, d_head] -> [..., n_query, n_key]
     # -1e10 is OpenAI's stand-in for minus infinity: far below any score, so softmax makes it exactly 0, and never NaN.
     weights = softmax(np.where(mask, scores, -1e10))
     return weights @ v  # [..., n_query, n_key] -> [..., n_query, d_head]

@@ -24,7 +24,7 @@ def ffn(x, c_fc, c_proj):
     return linear(gelu(linear(x, **c_fc)), **c_proj)
 
 def attention(q, k, v, mask):
-    return softmax(np.where(mask, q @ k.mT / math.sqrt(q.shape[-1]), -1e10)) @ v
+    return softmax(np.where(mask, q / math.sqrt(q.shape[-1]) @ k.mT, -1e10)) @ v
 
 def mha(x, c_attn, c_proj, n_head):
     n_seq, n_embd = x.shape

@@ -11,8 +11,6 @@ import functools
 
 import numpy
 
-from inference import kv_cache
-
 
 @functools.lru_cache
 def batched(forward, backend):
@@ -22,14 +20,14 @@ def batched(forward, backend):
 
 def start(model, n_rows, n_tokens):
     """An empty cache for each of n_rows, of at least n_tokens."""
-    cache = kv_cache.start(model, n_tokens)
+    cache = model.new_cache(model.params, min(model.n_ctx, model.backend.n_padded(n_tokens)))
     return cache.__array_namespace__().stack([cache] * n_rows)
 
 
 def read(model, tokens, cache, position):
     """kv_cache.read for a batch: a list of tokens and a position for each row."""
     longest = max(map(len, tokens))
-    n_padded = min(model.backend.n_padded(longest), cache.shape[3] - max(position))
+    n_padded = min(model.backend.n_padded(longest), cache.shape[-2] - max(position))
     padded = numpy.zeros((len(tokens), n_padded), numpy.int32)
     for row, some in zip(padded, tokens, strict=True):
         row[: len(some)] = some

@@ -3,7 +3,7 @@
 gpt2.generate sends the whole sequence through the model for each new token, though nothing changes for the earlier
 ones: no token sees a later one. All that a new token needs of them are their keys and values, so these are kept:
 
-    cache    [n_layer, 2, n_cache, n_embd]: for each layer the keys, then the values, a row for each position
+    cache    [n_layer, 2, n_head, n_cache, d_head]: for each layer the keys, then the values, as `attention` takes them
 
 Reading the prompt at once (prefill), in pieces, or token by token (decode) is the same call, and gives the same logits:
 
@@ -36,21 +36,22 @@ class Model(NamedTuple):
     backend: Any
 
 
-def new_cache(params, n_cache):
+def new_cache(params, n_cache, *, n_head):
     """An empty cache for n_cache positions."""
     wpe = params["wpe"]
-    return backends.namespace_of([wpe]).zeros((len(params["blocks"]), 2, n_cache, wpe.shape[-1]), wpe.dtype)
+    shape = (len(params["blocks"]), 2, n_head, n_cache, wpe.shape[-1] // n_head)
+    return backends.namespace_of([wpe]).zeros(shape, wpe.dtype)
 
 
 def mha(x, c_attn, c_proj, n_head, cache, layer, position):
     """gpt2.mha for the tokens from `position` on: the keys and values of those before come from the cache."""
     q, k, v = np.split(linear(x, **c_attn), 3, axis=-1)  # [n_seq, n_embd] -> 3 of [n_seq, n_embd]
-    cache = update(cache, np.stack([k, v])[None], (layer, 0, position, 0))
+    q, k, v = (split_heads(part, n_head) for part in (q, k, v))  # [n_seq, n_embd] -> [n_head, n_seq, d_head]
+    cache = update(cache, np.stack([k, v])[None], (layer, 0, 0, position, 0))
     # A position that is a number says how much of the cache is filled. A traced one does not: the mask hides the rest.
-    n_key = position + len(x) if isinstance(position, (int, numpy.integer)) else cache.shape[2]
-    k, v = cache[layer, :, :n_key]  # [n_layer, 2, n_cache, n_embd] -> 2 of [n_key, n_embd]
+    n_key = position + len(x) if isinstance(position, (int, numpy.integer)) else cache.shape[-2]
+    k, v = cache[layer, :, :, :n_key]  # [n_layer, 2, n_head, n_cache, d_head] -> 2 of [n_head, n_key, d_head]
     mask = np.arange(n_key) <= (position + np.arange(len(x)))[:, None]  # -> [n_seq, n_key]
-    q, k, v = (split_heads(part, n_head) for part in (q, k, v))  # [..., n_embd] -> [n_head, ..., d_head]
     x = merge_heads(attention(q, k, v, mask))  # [n_head, n_seq, d_head] -> [n_seq, n_embd]
     return linear(x, **c_proj), cache
 
@@ -81,7 +82,8 @@ def load(params, n_head, backend="numpy"):
     """params -> the Model."""
     library = backends.get(backend)
     n_vocab, n_ctx = len(params["wte"]), len(params["wpe"])
-    return Model(library.asarray(params), compiled(n_head, backend), new_cache, n_vocab, n_ctx, library)
+    empty = functools.partial(new_cache, n_head=n_head)
+    return Model(library.asarray(params), compiled(n_head, backend), empty, n_vocab, n_ctx, library)
 
 
 def start(model, n_tokens):
@@ -94,7 +96,7 @@ def read(model, tokens, cache, position):
 
     What the padding leaves in the cache lies behind every query, and the tokens to come overwrite it.
     """
-    n_padded = min(model.backend.n_padded(len(tokens)), cache.shape[2] - position)
+    n_padded = min(model.backend.n_padded(len(tokens)), cache.shape[-2] - position)
     padded = numpy.zeros(n_padded, numpy.int32)
     padded[: len(tokens)] = tokens
     return model.forward(model.params, padded, cache, position, len(tokens) - 1)

@@ -19,12 +19,12 @@ from inference import kv_cache, sampling
 class Row:
     """One text in the making.
 
-    ids             the prompt's and the new ones;  new: the latter alone
-    text            what they say so far, up to where a stop text begins
-    stop_reason     None, "length" (n_tokens_to_generate are there), "end_of_text", "stop" (one of `stop` was written)
-                    or "n_ctx" (the model can see no further)
-    logits          the model's last word, before the settings had theirs
-    log_probabilities  of the new tokens by the model (natural logarithms, before the settings), or None if not kept
+    ids                 the prompt's and the new ones; `new`: the latter alone
+    text                what they say so far, up to where a stop text begins
+    stop_reason         None, "length" (n_tokens_to_generate are there), "end_of_text", "stop" (one of `stop` was
+                        written) or "n_ctx" (the model can see no further)
+    logits              the model's last word, before the settings had theirs
+    log_probabilities   of the new tokens by the model (natural logarithms, before the settings), or None if not kept
     """
 
     def __init__(self, encoder, inputs, n_tokens_to_generate, settings=sampling.GREEDY, *, end_ids=(), stop=(),

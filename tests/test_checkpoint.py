@@ -73,6 +73,19 @@ def test_a_table_of_many_blocks(tmp_path):
     assert all(np.array_equal(array, flat(loaded)[name]) for name, array in flat(params).items())
 
 
+def test_tensorflow_reads_what_we_write_and_so_do_we(tmp_path):
+    tf = oracle("tensorflow")
+    params = random_params(**SMALL)
+    checkpoint.save_gpt2_params_to_tf_ckpt(tmp_path / "model.ckpt", params)
+    reader = tf.train.load_checkpoint(str(tmp_path))
+    for name, array in as_openai_stores_it(params).items():
+        assert np.array_equal(reader.get_tensor(name), array), name
+    assert reader.get_variable_to_shape_map().keys() == flat(params).keys()
+    loaded = checkpoint.load_gpt2_params_from_tf_ckpt(tmp_path / "model.ckpt", SMALL)
+    assert all(np.array_equal(array, flat(loaded)[name]) for name, array in flat(params).items())
+    assert list(checkpoint.damages(tmp_path / "model.ckpt.index", tmp_path / utils.DATA)) == []
+
+
 def test_hugging_face_folders_load_the_same():
     _, hparams, params = load(GOLDEN)
     encoder_hf, hparams_hf, params_hf = load(GOLDEN / "hf")

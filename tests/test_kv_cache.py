@@ -28,7 +28,7 @@ def test_every_split_gives_the_uncached_logits(golden, case):
     ids, params, n_head = golden["cases"][case]["ids"], golden["params"], golden["hparams"]["n_head"]
     expected = gpt2.gpt2(ids, **params, n_head=n_head)
     for split in splits(len(ids)):
-        cache, position, rows = kv_cache.new_cache(params, len(ids) + 3), 0, []
+        cache, position, rows = kv_cache.new_cache(params, len(ids) + 3, n_head=n_head), 0, []
         for n in split:
             tokens = ids[position : position + n]
             logits, cache = kv_cache.forward(params, tokens, cache, position, n_head=n_head)
@@ -80,11 +80,11 @@ def test_too_much_raises_before_any_compute(golden, n_prompt, n_new, monkeypatch
 
 def test_numpy_writes_into_the_one_cache_and_copies_none(golden):
     params, n_head = golden["params"], golden["hparams"]["n_head"]
-    cache = kv_cache.new_cache(params, 8)
-    assert cache.shape == (3, 2, 8, 48)
+    cache = kv_cache.new_cache(params, 8, n_head=n_head)
+    assert cache.shape == (3, 2, 4, 8, 12)
     assert kv_cache.forward(params, [1, 2], cache, 0, n_head=n_head)[1] is cache
-    assert np.abs(cache[:, :, :2]).min() > 0
-    assert np.abs(cache[:, :, 2:]).max() == 0
+    assert np.abs(cache[..., :2, :]).min() > 0
+    assert np.abs(cache[..., 2:, :]).max() == 0
 
 
 def test_jax_compiles_one_program_per_bucket_and_one_for_decoding(golden, monkeypatch):
@@ -105,7 +105,7 @@ def test_a_chunk_at_the_end_of_the_cache_is_not_moved_back(golden):
     ids = (ids * 3)[:96]
     model = kv_cache.load(params, n_head, "jax")
     cache = kv_cache.start(model, 96)
-    assert cache.shape[2] == 96
+    assert cache.shape[-2] == 96
     _, cache = kv_cache.read(model, ids[:91], cache, 0)
     logits, _ = kv_cache.read(model, ids[91:], cache, 91)
     assert np.abs(np.asarray(logits) - gpt2.gpt2(ids, **params, n_head=n_head)[-1]).max() <= 2e-5
@@ -129,7 +129,7 @@ def test_a_position_that_is_traced_gives_what_a_known_one_gives(golden):
     params = backends.get("jax").asarray(golden["params"])
     ids, n_head = golden["cases"][1]["ids"], golden["hparams"]["n_head"]
     traced = jax.jit(lambda tokens, cache, at: kv_cache.forward(params, tokens, cache, at, n_head=n_head))
-    for position, cache in itertools.product([0, 5], [kv_cache.new_cache(params, 32)]):
+    for position, cache in itertools.product([0, 5], [kv_cache.new_cache(params, 32, n_head=n_head)]):
         tokens = np.array(ids)
         known, _ = kv_cache.forward(params, tokens, cache, position, n_head=n_head)
         assert np.abs(known - traced(tokens, cache, position)[0]).max() <= 2e-5

@@ -1,0 +1,82 @@
+"""The benchmark measures what it says; how fast anything is, no test asserts."""
+
+import json
+
+import pytest
+from conftest import GOLDEN, oracle
+
+import gpt2
+from inference import kv_cache
+from tools import bench
+
+oracle("jax")
+
+
+@pytest.fixture(scope="module")
+def params():
+    return bench.random_params(bench.HPARAMS["3M"])
+
+
+def test_every_figure_is_there_and_the_picture_too(command, tmp_path):
+    arguments = ["--model_size", "3M", "--rounds", "1", "--json", "--against", "picogpt-style"]
+    status, out, _ = command(*arguments, main=bench.main)
+    found = json.loads(out)
+    assert status == 0
+    rates = found["tokens_per_second"]
+    assert {"decode, prompt 10", "batch of 16, decode"} <= set(rates)
+    assert set(rates["decode, prompt 10"]) == {"limits", "numpy", "jax", "picogpt-style"}
+    assert all(r["min"] <= r["median"] <= r["max"] for row in rates.values() for r in row.values())
+    assert found["weight_bytes"] == 12_447_744
+    assert all(peak > found["weight_bytes"] for peak in found["peak_bytes"].values())
+    assert set(found["first_token_of_a_process_seconds"]) == {"numpy", "jax"}
+    engines = list(rates["decode, prompt 10"])
+    text = "\n".join(bench.report(found, engines))
+    assert "| decode, prompt 10 |" in text
+    if pytest.importorskip("matplotlib"):
+        bench.draw(found, engines, tmp_path / "bench.png")
+        assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_random_models_are_the_same_each_time_and_load(params, tmp_path, command):
+    assert (bench.random_params(bench.HPARAMS["3M"])["wte"] == params["wte"]).all()
+    bench.save_random_model(tmp_path, bench.HPARAMS["3M"])
+    assert command("The", "--n_tokens_to_generate", "1", "--model_size", str(tmp_path))[0] == 0
+
+
+def test_peers_compute_the_same_model(params):
+    """Or their times would mean nothing."""
+    transformers = pytest.importorskip("transformers")
+    assert transformers
+    hparams = bench.HPARAMS["3M"]
+    ids = bench.prompt(hparams, 10)
+    expected = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
+    theirs = bench.Transformers(hparams, params)
+    logits = theirs.model(theirs.torch.tensor([ids])).logits[0].detach().numpy()
+    assert abs(logits - expected).max() < 1e-4
+    pytest.importorskip("ctranslate2")
+    model = bench.CTranslate2(hparams, params)
+    rows = [[model.tokens[i] for i in ids]]
+    found = model.model.generate_batch(
+        rows, max_length=8, min_length=8, sampling_topk=1, include_prompt_in_result=False
+    )
+    assert found[0].sequences_ids[0] == kv_cache.generate(ids, params, hparams["n_head"], 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--rounds", "0"], "--rounds 0"),
+        (["--against", "llama.cpp"], "unknown peer 'llama.cpp'"),
+        (["--backend", "torch"], "unknown backend"),
+        (["--dtype", "float16"], "unknown dtype"),
+        (["--model_size", "125M"], "did you mean 124M?"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, word, command):
+    status, out, err = command(*arguments, main=bench.main)
+    assert (status, out, err.count("\n"), word in err) == (2, "", 1, True)
+
+
+def test_a_model_folder_may_be_measured():
+    engines, folder, hparams = bench.check(str(GOLDEN), "", "", 5, "float32", "numpy", "")
+    assert (engines, folder, hparams["n_layer"]) == (["numpy"], str(GOLDEN), 3)
