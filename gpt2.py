@@ -26,7 +26,7 @@ from backends import in_float32, keeps_dtype, np
 @keeps_dtype
 @in_float32
 def gelu(x):
-    """Lets positive numbers through and mutes negative ones, smoothly (Hendrycks & Gimpel 2016, section 2).
+    """For x of any shape: lets positive numbers through, mutes negative ones (Hendrycks & Gimpel 2016, section 2).
 
     The tanh form, not the exact one with erf: GPT-2 was trained with it, and the two differ by up to 5e-4.
     """
@@ -36,7 +36,7 @@ def gelu(x):
 @keeps_dtype
 @in_float32
 def softmax(x):
-    """Scores to probabilities: positive, and summing to 1 along the last axis."""
+    """Scores [..., n] to as many probabilities: positive, and summing to 1 along the last axis."""
     # A shift common to all scores changes nothing, and below a maximum of 0 no exp can overflow.
     exp_x = np.exp(x - np.max(x, axis=-1, keepdims=True))
     return exp_x / np.sum(exp_x, axis=-1, keepdims=True)
@@ -45,7 +45,7 @@ def softmax(x):
 @keeps_dtype
 @in_float32
 def layer_norm(x, g, b, eps=1e-5):
-    """Each [n_embd] vector of x to mean 0 and variance 1, then scaled by g and shifted by b, both [n_embd] (Ba et al.
+    """Each [n_embd] vector of x, [..., n_embd], to mean 0 and variance 1, then scaled by g and shifted by b, both [n_embd] (Ba et al.
     2016, section 3). eps keeps a constant vector from being divided by zero."""
     centred = x - np.mean(x, axis=-1, keepdims=True)
     variance = np.mean(centred * centred, axis=-1, keepdims=True)  # [..., n_embd] -> [..., 1]
@@ -102,7 +102,7 @@ def mha(x, c_attn, c_proj, n_head):
 
 
 def ffn(x, c_fc, c_proj):
-    """The position-wise feed-forward network ([Transformer] section 3.3), four times as wide inside."""
+    """The position-wise feed-forward network ([Transformer] section 3.3): each row by itself, four times as wide."""
     a = gelu(linear(x, **c_fc))  # [n_seq, n_embd] -> [n_seq, 4*n_embd]
     return linear(a, **c_proj)  # [n_seq, 4*n_embd] -> [n_seq, n_embd]
 
