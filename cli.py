@@ -18,7 +18,9 @@ def run(main, program):
     Each parameter is annotated str, int, float, bool, or list: a flag that may be given many times. The docstring has a
     line for each below "Args:". main raises ValueError for a mistake, OSError for a failure.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # either may be closed
+    nowhere = open(os.devnull, "w")  # noqa: SIM115, for a stream that was closed: print would take None for stdout
+    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # Windows would choose otherwise, and stop at an emoji
     try:
         status = call(main, program, sys.argv[1:])
@@ -28,6 +30,9 @@ def run(main, program):
     except BrokenPipeError:  # whoever read our text has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except MemoryError as error:
+        print(one_line(f"not enough memory: {error}"), file=sys.stderr)
+        status = 1
     except (ValueError, OSError) as error:
         print(one_line(error), file=sys.stderr)
         status = 2 if isinstance(error, ValueError) else 1

@@ -45,8 +45,8 @@ def softmax(x):
 @keeps_dtype
 @in_float32
 def layer_norm(x, g, b, eps=1e-5):
-    """Each [n_embd] vector of x, [..., n_embd], to mean 0 and variance 1, then scaled by g and shifted by b, both [n_embd] (Ba et al.
-    2016, section 3). eps keeps a constant vector from being divided by zero."""
+    """Each vector of x, [..., n_embd], to mean 0 and variance 1, then scaled by g and shifted by b, both [n_embd]
+    (Ba et al. 2016, section 3). eps keeps a constant vector from being divided by zero."""
     centred = x - np.mean(x, axis=-1, keepdims=True)
     variance = np.mean(centred * centred, axis=-1, keepdims=True)  # [..., n_embd] -> [..., 1]
     return g * (centred / np.sqrt(variance + eps)) + b

@@ -7,6 +7,7 @@ Both end as the same `params`: checkpoint.py reads them.
 """
 
 import base64
+import contextlib
 import difflib
 import hashlib
 import os
@@ -81,14 +82,13 @@ def model_folder(model_size, models_dir=None):
     """Where the files of a model are, or will be for one of SIZES. Raises ValueError for any other that is nowhere."""
     models_dir = Path(models_dir or MODELS_DIR)
     candidates = [models_dir / model_size, Path(model_size), MODELS_DIR / model_size]
-    folder = next((folder for folder in candidates if folder.is_dir()), candidates[0])
-    if model_size not in SIZES and not (model_size and folder.is_dir()):
-        names = [*SIZES, *sorted({EMBEDDED, *(path.name for path in models_dir.glob("*/"))} - {*SIZES})]
-        nearest = difflib.get_close_matches(model_size.upper(), names, 1, cutoff=0.0)[0]
-        raise ValueError(
-            f"no model {model_size!r}; did you mean {nearest}? Choose from {', '.join(names)}, or name a model folder"
-        )
-    return folder
+    with contextlib.suppress(OSError):  # a name too long for a folder
+        folder = next((folder for folder in candidates if folder.is_dir()), candidates[0])
+        if model_size and (model_size in SIZES or folder.is_dir()):
+            return folder
+    names = [*SIZES, *sorted({EMBEDDED, *(path.name for path in models_dir.glob("*/"))} - {*SIZES})]
+    guess = "".join(f"did you mean {n}? " for n in difflib.get_close_matches(model_size.upper(), names, 1, 0.4))
+    raise ValueError(f"no model {model_size!r:.80}; {guess}Choose from {', '.join(names)}, or name a model folder")
 
 
 def is_hf_folder(folder):
@@ -133,12 +133,10 @@ def latest_checkpoint(path):
 
 
 def start(backend, dtype):
-    """Readies a backend for a dtype, and says on stderr what computes unless it is NumPy. Raises ValueError for either
-    if it is unknown or not installed."""
+    """Readies a backend for a dtype and returns what computes, in words. Raises ValueError for either if it is unknown
+    or not installed."""
     checkpoint.find_dtype(dtype)
-    device = backends.get(backend).start(dtype)
-    if backend != "numpy":
-        print(device, file=sys.stderr)
+    return backends.get(backend).start(dtype)
 
 
 def is_openai(hparams):
@@ -163,6 +161,7 @@ def read_prompt(prompt, prompt_file):
             raise ValueError("--prompt_file -: there is no stdin")
         if prompt_file:
             prompt = sys.stdin.buffer.read().decode("utf-8") if prompt_file == "-" else read_text(prompt_file)
+            prompt = prompt.removeprefix("\ufeff")  # with which Windows marks UTF-8
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompt_file {one_line(error)}") from None
     return prompt.removesuffix("\n").removesuffix("\r") if prompt_file else prompt

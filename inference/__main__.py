@@ -2,7 +2,6 @@
 
 import inspect
 import json as json_library
-import math
 import sys
 import time
 from types import SimpleNamespace
@@ -42,28 +41,30 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         top_k: draw from the k likeliest tokens only; 0: from all
         top_p: draw from the fewest tokens that have this probability together, above 0; 1: from all
         seed: the same seed draws the same text, 0 or more; left out: another one each time
-        repetition_penalty: above 1, what has been said becomes less likely; above 0; 1: off
-        min_new_tokens: do not end before there are so many; 0: off
+        repetition_penalty: above 1, what has been said becomes less likely; 0.01 to 100; 1: off
+        min_new_tokens: do not write <|endoftext|> before there are so many; 0: off
         bad_words: a word not to write, with a space before it or without; may be given several times
         stop: end where this text is written, and leave it out; may be given several times
         stop_at_eos: end at <|endoftext|>; left out: yes, but for OpenAI's models
         overflow: error, or slide: past n_ctx go on from the last n_ctx/2 tokens
-        num_samples: so many continuations of one prompt, the i-th with seed + i
+        num_samples: so many continuations of one prompt, 1 to 1024, the i-th (from 0) with seed + i
         batch: a prompt on each line of the prompt_file, all at once
-        num_beams: search the likeliest text with so many beams, not token by token; 1: off
-        length_penalty: for beams: above 0 favours long texts, below 0 short ones; 1: the mean log-probability
+        num_beams: search the likeliest text with so many beams, up to 1024, not token by token; 1: off
+        length_penalty: for beams, -10 to 10: above 0 favours long texts; 1: the mean log-probability
         early_stopping: for beams: false, true or never: when enough have ended (inference/beam.py)
         json: a JSON object a line: prompt, text, token_ids, log_probabilities (score), stop_reason, seconds
-        trace: show so many candidates for each token on stderr; 0: off
+        trace: show so many candidates for each token on stderr, up to 20; 0: off
     """
     flags = SimpleNamespace(**locals())
     check(flags)
-    utils.start(backend, dtype)
+    device = utils.start(backend, dtype)
     prompts = read_prompts(flags)
     encoder, hparams, params = utils.load_model(model_size, models_dir, base_url)
     rows = [make_row(flags, encoder, hparams, prompt, i) for i, prompt in enumerate(prompts)]
     if any(prompt.endswith(" ") for prompt in prompts):
         print("hint: a prompt ends in a space; tokens begin with theirs, so leave it away", file=sys.stderr)
+    if backend != "numpy":
+        print(device, file=sys.stderr)
     model = kv_cache.load(checkpoint.cast(params, dtype), hparams["n_head"], backend)
     if num_beams > 1:
         show_beams(flags, model, prompts[0], rows[0])
@@ -78,16 +79,21 @@ def check(flags):
     one_text = flags.num_samples == 1 and not flags.batch
     sampled = [name for name in ("temperature", "top_k", "top_p", "seed") if is_set(flags, name)]
     for wrong, why in [
-        (flags.num_samples < 1, f"--num_samples {flags.num_samples} is out of range: 1 or more"),
-        (flags.num_beams < 1, f"--num_beams {flags.num_beams} is out of range: 1 (off) or more"),
+        (not 1 <= flags.num_samples <= 1024, f"--num_samples {flags.num_samples} is out of range: 1 to 1024"),
+        (not 1 <= flags.num_beams <= 1024, f"--num_beams {flags.num_beams} is out of range: 1 (off) to 1024"),
+        (flags.trace > 20, f"--trace {flags.trace} is out of range: 0 (off) to 20 candidates"),
+        (
+            flags.base_url and not flags.base_url.startswith(("http://", "https://")),
+            f"--base_url {flags.base_url!r} must begin with http:// or https://",
+        ),
         (flags.overflow not in ("error", "slide"), f"--overflow {flags.overflow!r}: choose error or slide"),
         (
             flags.early_stopping.lower() not in STOPPING,
             f"--early_stopping {flags.early_stopping!r}: choose false, true or never",
         ),
-        (not math.isfinite(flags.length_penalty), f"--length_penalty {flags.length_penalty} must be a finite number"),
+        (not -10 <= flags.length_penalty <= 10, f"--length_penalty {flags.length_penalty} is out of range: -10 to 10"),
         ("" in flags.stop, "an empty --stop text would stop before the first token"),
-        (any(not word.strip() for word in flags.bad_words), "an empty --bad_words would ban everything"),
+        (any(not word.strip() for word in flags.bad_words), "--bad_words is empty but for white space: name a word"),
         (
             flags.min_new_tokens > flags.n_tokens_to_generate,
             f"--min_new_tokens {flags.min_new_tokens} is more than --n_tokens_to_generate {flags.n_tokens_to_generate}",
@@ -142,14 +148,17 @@ def read_prompts(flags):
         return [prompt] * flags.num_samples
     if not prompt:
         raise ValueError(f"--prompt_file {flags.prompt_file}: no lines")
-    return prompt.splitlines()
+    return [line.removesuffix("\r") for line in prompt.split("\n")]
 
 
 def make_row(flags, encoder, hparams, prompt, i):
     """The Row for the i-th text. Raises ValueError if it will not fit into n_ctx and must."""
     inputs = utils.first_ids(encoder, prompt)
     if flags.overflow == "error":
-        check_inputs(inputs, flags.n_tokens_to_generate, hparams["n_vocab"], hparams["n_ctx"])
+        try:
+            check_inputs(inputs, flags.n_tokens_to_generate, hparams["n_vocab"], hparams["n_ctx"])
+        except ValueError as error:
+            raise ValueError(f"line {i + 1}: {error}" if flags.batch else str(error)) from None
     stop_at_eos = not utils.is_openai(hparams) if flags.stop_at_eos is None else flags.stop_at_eos
     return Row(
         encoder,

@@ -1,4 +1,5 @@
-"""Many texts at once: reading a weight from memory costs the same for one row as for many, so many cost hardly more.
+"""Many texts at once. Reading a weight from memory costs the same for one row as for many, so where vmap is more than a
+loop, on JAX, sixteen texts take about twice the time of one.
 
     finish(model, rows)
 

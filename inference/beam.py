@@ -35,7 +35,7 @@ def search(model, inputs, n_tokens_to_generate, num_beams, *, length_penalty=1.0
     beam, were it to end now, would be no better than the worst of them; "never", when no beam can become better at all.
     Of `settings` those that depend on what has been said count (sampling.process), applied to the log-probabilities.
     """
-    early_stopping = early_stopping or num_beams == 1
+    early_stopping = True if num_beams == 1 else early_stopping
     cache = kv_cache.start(model, len(inputs) + n_tokens_to_generate)
     logits, cache = kv_cache.read(model, inputs, cache, 0)
     logits, cache = [model.backend.to_numpy(logits)], cache.__array_namespace__().stack([cache] * num_beams)
@@ -49,7 +49,8 @@ def search(model, inputs, n_tokens_to_generate, num_beams, *, length_penalty=1.0
         n_best = n_tokens_to_generate if early_stopping == "never" and length_penalty > 0 else n_new
         attainable = beams[0][1] / n_best**length_penalty if beams else -math.inf
         enough = len(hypotheses) == num_beams
-        if not beams or (enough and (early_stopping is True or hypotheses[-1].score >= attainable)):
+        content = enough and (early_stopping is True or hypotheses[-1].score >= attainable)
+        if not beams or (content and n_new < n_tokens_to_generate):  # at the last step what still runs has ended too
             return hypotheses
     running = [Hypothesis(ids, total / max(1, len(ids)) ** length_penalty, False) for ids, total in beams]
     return best(hypotheses + running, num_beams)

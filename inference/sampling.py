@@ -43,8 +43,8 @@ def check(settings):
         raise ValueError(f"top_k {top_k} is out of range: 0 (off) or the number of tokens to choose from")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} is out of range: above 0, up to 1 (off)")
-    if not 0 < penalty < math.inf:
-        raise ValueError(f"repetition_penalty {penalty} is out of range: above 0; 1 is off")
+    if not 0.01 <= penalty <= 100:
+        raise ValueError(f"repetition_penalty {penalty} is out of range: 0.01 to 100; 1 is off")
     if temperature == 0 and (top_k or top_p != 1):
         name = f"top_k {top_k}" if top_k else f"top_p {top_p}"
         raise ValueError(f"{name} has no effect at temperature 0, which takes the likeliest token: set temperature too")

@@ -23,13 +23,14 @@ class Row:
     text                what they say so far, up to where a stop text begins
     stop_reason         None, "length" (n_tokens_to_generate are there), "end_of_text", "stop" (one of `stop` was
                         written) or "n_ctx" (the model can see no further)
-    logits              the model's last word, before the settings had theirs
+    logits, chosen      the model's last word, before the settings had theirs, and the id that came of it
     log_probabilities   of the new tokens by the model (natural logarithms, before the settings), or None if not kept
     """
 
     def __init__(self, encoder, inputs, n_tokens_to_generate, settings=sampling.GREEDY, *, end_ids=(), stop=(),
                  seed=None, keep_log_probabilities=False):  # fmt: skip
         self.encoder, self.ids, self.new, self.logits = encoder, list(inputs), [], None
+        self.chosen = None
         self.settings, self.end_ids, self.stop = settings, set(end_ids), tuple(stop)
         self.n_tokens_to_generate = n_tokens_to_generate
         self.stop_reason = None if n_tokens_to_generate else "length"
@@ -41,7 +42,9 @@ class Row:
     def take(self, logits):
         """The model's logits [n_vocab] for what comes next -> the text that is certain now, maybe none."""
         self.logits = numpy.asarray(logits, numpy.float64)
-        chosen = sampling.choose(self.logits, self.ids, len(self.new), self.settings, self._coins.random())
+        self.chosen = chosen = sampling.choose(
+            self.logits, self.ids, len(self.new), self.settings, self._coins.random()
+        )
         if chosen in self.end_ids:
             return self.end("end_of_text")
         self.ids.append(chosen)

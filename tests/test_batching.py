@@ -27,7 +27,7 @@ def test_each_row_equals_its_prompt_alone(storyteller, backend, settings):
 
     def rows():
         for i, ids in enumerate(prompts_of_16_lengths(encoder)):
-            end_ids = [encoder.end_of_text] if i % 2 else []
+            end_ids = encoder.encode(".") if i % 2 else []
             yield Row(encoder, ids, 12 + i, SETTINGS[settings], seed=7 + i, end_ids=end_ids, stop=[" a"] * (i % 3 == 0))
 
     together, alone = list(rows()), list(rows())
@@ -35,7 +35,7 @@ def test_each_row_equals_its_prompt_alone(storyteller, backend, settings):
     for a, b in zip(together, alone, strict=True):
         list(stream(model, b))
         assert (a.ids, a.text, a.stop_reason) == (b.ids, b.text, b.stop_reason)
-    assert {row.stop_reason for row in together} >= {"length", "stop"}
+    assert {row.stop_reason for row in together} >= {"length", "stop", "end_of_text"}
 
 
 def test_the_same_seed_draws_the_same_text_on_both_backends(storyteller):

@@ -62,7 +62,8 @@ def plain_beam_search(params, n_new, width, penalty, early_stopping, end):
         done = sorted(done, key=lambda pair: -pair[0])[:width]
         beams = [child for child in children if child[1][-1] != end][:width]
         horizon = n_new if early_stopping == "never" and penalty > 0 else step
-        if len(done) == width and (early_stopping is True or done[-1][0] >= beams[0][0] / horizon**penalty):
+        content = len(done) == width and (early_stopping is True or done[-1][0] >= beams[0][0] / horizon**penalty)
+        if content and step < n_new:
             return done
     return sorted(done + [(total / n_new**penalty, ids) for total, ids in beams], key=lambda pair: -pair[0])[:width]
 
@@ -83,13 +84,13 @@ def test_one_beam_is_the_greedy_text(golden, backend):
     params, n_head = golden["params"], golden["hparams"]["n_head"]
     model = kv_cache.load(params, n_head, backend)
     for case in golden["cases"]:
+        end = case["greedy_24"][-1]
         for stopping in (False, True, "never"):
             (found,) = beam.search(model, case["ids"], 24, 1, early_stopping=stopping)
             assert found.ids == case["greedy_24"]
-        end = case["greedy_24"][-1]
-        (found,) = beam.search(model, case["ids"], 24, 1, end_ids=[end])
-        assert found.ids == case["greedy_24"][: case["greedy_24"].index(end)]
-        assert found.ended
+            (found,) = beam.search(model, case["ids"], 24, 1, early_stopping=stopping, end_ids=[end])
+            assert found.ids == case["greedy_24"][: case["greedy_24"].index(end)]
+            assert found.ended
 
 
 def test_scores_are_what_they_say(golden):
@@ -110,6 +111,13 @@ def test_what_is_banned_is_not_found(golden):
         model, case["ids"], 6, 3, end_ids=[first], settings=Settings(min_new_tokens=4, end_ids=(first,))
     )
     assert min(len(h.ids) for h in ended) >= 4
+
+
+def test_what_still_runs_at_the_last_step_counts(golden):
+    """A case in which enough have ended by then, yet a longer one is better: transformers finds it too."""
+    model = kv_cache.load(golden["params"], golden["hparams"]["n_head"])
+    found = beam.search(model, [322], 2, 2, length_penalty=5.0, early_stopping=True, end_ids=[417])
+    assert found[0].score == pytest.approx(-0.1840, abs=1e-4)
 
 
 def test_no_tokens():

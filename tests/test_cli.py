@@ -121,7 +121,7 @@ def test_the_window_may_be_filled_exactly(command, storyteller):
         (["--prompt_file"], ["--prompt_file needs a value"]),
         (["--stop", "--json"], ["--stop needs a value"]),
         (["--stop", ""], ["empty --stop"]),
-        (["--bad_words", " "], ["empty --bad_words"]),
+        (["--bad_words", " "], ["--bad_words is empty"]),
         (["--temperature", "-1"], ["temperature -1.0", "0 "]),
         (["--temperature", "warm"], ["--temperature must be a number", "'warm'"]),
         (["--temperature", "nan"], ["temperature nan"]),
@@ -146,6 +146,13 @@ def test_the_window_may_be_filled_exactly(command, storyteller):
         (["--early_stopping", "true"], ["no effect without --num_beams"]),
         (["--num_beams", "3", "--early_stopping", "maybe"], ["--early_stopping 'maybe'"]),
         (["--num_beams", "3", "--length_penalty", "inf"], ["--length_penalty inf"]),
+        (["--num_beams", "3", "--length_penalty=-1000"], ["--length_penalty -1000.0", "-10 to 10"]),
+        (["--num_beams", "1000000"], ["--num_beams 1000000", "1024"]),
+        (["--num_samples", "99999999999", "--temperature", "1"], ["--num_samples", "1024"]),
+        (["--trace", "1000000000"], ["--trace 1000000000", "20"]),
+        (["--repetition_penalty", "1e-320"], ["repetition_penalty", "0.01 to 100"]),
+        (["--base_url", "nonsense"], ["--base_url 'nonsense'"]),
+        (["--model_size", "x" * 5000], ["no model 'xxx", "Choose from"]),
         (["--batch"], ["--batch", "--prompt_file"]),
         (["--num_samples", "2", "--temperature", "1", "--overflow", "slide"], ["--overflow slide"]),
         (["--stop_at_eos", "perhaps"], ["'perhaps'"]),
@@ -295,11 +302,56 @@ def test_booleans_and_floats():
             cli.convert("x", kind, text)
 
 
-@pytest.mark.parametrize("redirection", [">&-", "2>&-"])
-def test_a_stream_that_is_closed(redirection):
-    line = f"exec '{sys.executable}' gpt2.py Once --model_size 3M --n_tokens_to_generate 3 {redirection}"
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (">&-", (0, "", "")),
+        ("2>&-", (0, " upon a\n", "")),
+        ("--trace 2 2>&-", (0, " upon a\n", "")),
+        ("--top_k 3 2>&-", (2, "", "")),
+    ],
+)
+def test_a_stream_that_is_closed(flags, expected):
+    line = f"exec '{sys.executable}' gpt2.py Once --model_size 3M --n_tokens_to_generate 2 {flags}"
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stdout, done.stderr) == expected
+
+
+@pytest.mark.parametrize(
+    "mistake", [["--model_size", "nope"], ["--n_tokens_to_generate", "999"], ["--prompt_file", "x"]]
+)
+def test_mistakes_are_one_line_on_jax_too(mistake, command):
+    flags = mistake if "--model_size" in mistake else [*mistake, "--model_size", "3M"]
+    status, out, err = command("Once", "--backend", "jax", *flags)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+def test_a_batch_names_the_line_that_is_too_long(command, tmp_path):
+    (tmp_path / "prompts").write_text("a\n" + "b " * 300 + "\n", encoding="utf-8")
+    status, out, err = command("--prompt_file", str(tmp_path / "prompts"), "--batch", *STORY)
+    assert (status, out, err.count("\n"), err.startswith("line 2: prompt ")) == (2, "", 1, True)
+
+
+def test_lines_end_at_newlines_only_and_a_mark_of_windows_is_no_text(command, tmp_path):
+    (tmp_path / "prompts").write_bytes("\ufeffOne\u2028two\x0cthree\r\nfour\n".encode())
+    out = command("--prompt_file", str(tmp_path / "prompts"), "--batch", "--json", *STORY)[1]
+    assert [json.loads(line)["prompt"] for line in out.strip().split("\n")] == ["One\u2028two\x0cthree", "four"]
+
+
+def test_trace_of_the_end_and_of_what_cannot_be_printed(command):
+    err = command("Once upon a time", "--model_size", "3M", "--n_tokens_to_generate", "250", "--trace", "2")[2]
+    assert err.splitlines()[-1].split("(the end)")[1].split()[0] == "1", "the rank"
+    wild = ["--temperature", "1000000", "--seed", "3", "--n_tokens_to_generate", "60", "--trace", "5"]
+    err = command("Once", "--model_size", "3M", *wild)[2]
+    assert all(character.isprintable() for line in err.splitlines() for character in line)
+
+
+def test_too_little_memory_is_one_line(command, monkeypatch):
+    def full(*_):
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr("inference.kv_cache.load", full)
+    assert command("Once", *STORY) == (1, "", "not enough memory: Unable to allocate 9 TiB\n")
 
 
 def start(*arguments, **options):

@@ -99,6 +99,22 @@ def test_jax_compiles_one_program_per_bucket_and_one_for_decoding(golden, monkey
     assert sorted(traced) == [(1,), (16,), (32,), (64,)], "the first serves both a prompt of one token and decoding"
 
 
+def test_larger_models_have_a_set_of_programs_for_each_cache_size(monkeypatch):
+    """Caches have 256, 512 or 1024 positions: reading all 1024 for each token of a short text would cost more."""
+    traced, forward = [], kv_cache.forward
+    monkeypatch.setattr(
+        kv_cache, "forward", lambda *a, **k: traced.append((len(a[1]), a[2].shape[-2])) or forward(*a, **k)
+    )
+    kv_cache.compiled.cache_clear()
+    params = backends.get("jax").asarray(random_params(n_ctx=1024))
+    for n_prompt in range(5, 1000, 34):
+        kv_cache.generate([5] * n_prompt, params, 2, 4, "jax")
+    kv_cache.compiled.cache_clear()
+    assert len(traced) == len(set(traced))
+    assert {n_cache for _, n_cache in traced} == {256, 512, 1024}
+    assert {n for n, _ in traced} == {1, 16, 64, 128, 256, 512, 1024}
+
+
 def test_a_chunk_at_the_end_of_the_cache_is_not_moved_back(golden):
     """JAX would shift a padded chunk that does not fit to the left, over what stands there."""
     ids, params, n_head = golden["cases"][2]["ids"], golden["params"], golden["hparams"]["n_head"]

@@ -205,6 +205,8 @@ def test_sample_takes_no_banned_token_and_never_runs_off_the_end(backend):
         (Settings(1.0, top_p=math.nan), "top_p nan"),
         (Settings(repetition_penalty=0.0), "repetition_penalty 0.0"),
         (Settings(repetition_penalty=-2.0), "repetition_penalty -2.0"),
+        (Settings(repetition_penalty=1e308), "repetition_penalty 1e"),
+        (Settings(repetition_penalty=math.nan), "repetition_penalty nan"),
         (Settings(top_k=40), "no effect at temperature 0"),
         (Settings(top_p=0.9), "no effect at temperature 0"),
         (Settings(bad_words=((1, 2), ())), "empty bad word"),

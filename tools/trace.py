@@ -18,13 +18,13 @@ def lines(row, n_best, n_step, rich=False):
         yield f"{'step':>4}  {'text so far':{N_TEXT}}  {'chosen':>12} {'rank':>5}  " + "  ".join(
             f"{f'{i + 1}.':>12} {'':>5}" for i in range(n_best)
         )
-    chosen = row.new[-1] if row.stop_reason != "end_of_text" else None
+    ended = row.stop_reason == "end_of_text"
     probabilities = softmax(row.logits)
     order = np.argsort(-row.logits, kind="stable")
-    candidates = [cell(row.encoder, i, probabilities[i], rich and i == chosen) for i in order[:n_best]]
-    rank = int(np.flatnonzero(order == chosen)[0]) + 1 if chosen is not None else ""
-    written = spell(row.encoder.decode(row.new if chosen is None else row.new[:-1]))[-N_TEXT:]
-    taken = spell(row.encoder.decode([chosen])) if chosen is not None else "(the end)"
+    candidates = [cell(row.encoder, i, probabilities[i], rich and i == row.chosen) for i in order[:n_best]]
+    rank = int(np.flatnonzero(order == row.chosen)[0]) + 1
+    written = spell(row.encoder.decode(row.new if ended else row.new[:-1]))[-N_TEXT:]
+    taken = "(the end)" if ended else spell(row.encoder.decode([row.chosen]))
     yield f"{n_step:>4}  {written:{N_TEXT}}  {taken:>12.12} {rank:>5}  {'  '.join(candidates)}"
 
 
@@ -34,5 +34,6 @@ def cell(encoder, i, probability, bold):
 
 
 def spell(text):
-    """The text on one line, its white space visible."""
-    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "↵")
+    """The text on one line, its white space visible, and nothing in it that a terminal would obey."""
+    text = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(character if character.isprintable() else "·" for character in text)
