@@ -1,7 +1,5 @@
 """The cache changes nothing but the time: every way of splitting a text gives the logits of the whole."""
 
-import itertools
-
 import numpy as np
 import pytest
 from conftest import oracle, random_params
@@ -106,7 +104,7 @@ def test_larger_models_have_a_set_of_programs_for_each_cache_size(monkeypatch):
         kv_cache, "forward", lambda *a, **k: traced.append((len(a[1]), a[2].shape[-2])) or forward(*a, **k)
     )
     kv_cache.compiled.cache_clear()
-    params = backends.get("jax").asarray(random_params(n_ctx=1024))
+    params = backends.get("jax").asarray(random_params(n_ctx=1024, n_layer=1))
     for n_prompt in range(5, 1000, 34):
         kv_cache.generate([5] * n_prompt, params, 2, 4, "jax")
     kv_cache.compiled.cache_clear()
@@ -145,7 +143,6 @@ def test_a_position_that_is_traced_gives_what_a_known_one_gives(golden):
     params = backends.get("jax").asarray(golden["params"])
     ids, n_head = golden["cases"][1]["ids"], golden["hparams"]["n_head"]
     traced = jax.jit(lambda tokens, cache, at: kv_cache.forward(params, tokens, cache, at, n_head=n_head))
-    for position, cache in itertools.product([0, 5], [kv_cache.new_cache(params, 32, n_head=n_head)]):
-        tokens = np.array(ids)
-        known, _ = kv_cache.forward(params, tokens, cache, position, n_head=n_head)
-        assert np.abs(known - traced(tokens, cache, position)[0]).max() <= 2e-5
+    tokens, cache = np.array(ids), kv_cache.new_cache(params, 32, n_head=n_head)
+    known, _ = kv_cache.forward(params, tokens, cache, 5, n_head=n_head)
+    assert np.abs(known - traced(tokens, cache, 5)[0]).max() <= 2e-5
