@@ -89,11 +89,10 @@ def gather(main, arguments):
         word = words.pop(0)
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
+        kind = kind_of(parameters.get(name))
         if not flag.startswith("--"):
-            others.append(word)
-            continue
-        kind = kind_of(parameters[name]) if name in parameters else None
-        if kind is None and kind_of(parameters.get(name.removeprefix("no"))) is not bool:
+            kind = bool  # no flag, or one with a single dash: for fire to see to
+        elif kind is None and kind_of(parameters.get(name.removeprefix("no"))) is not bool:
             raise ValueError(f"unknown flag {flag}: {guess(name, parameters)}--help lists them all")
         if kind in (None, bool) or equals:
             others.append(word)

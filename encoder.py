@@ -135,40 +135,35 @@ class Encoder:
             self.token_bytes(i)
 
 
+# Searching all pairs for the best one after each merge would cost O(n²), minutes for a line of a million dashes. Here
+# the places where a pair stands wait in a bucket by its rank, and a merge looks only at the two new pairs that it
+# makes: O(n log n), the log from sorting buckets.
 def merge(symbols, ranks):
-    """Merges neighbours, lowest rank first and from left to right, until no two have a rank.
+    """Merges neighbours in a list of strings, lowest rank first, left to right, until no two have one in {pair: rank}.
 
-        merge(list("hello"), {("l", "l"): 0, ("h", "e"): 1, ("he", "ll"): 2})  ->  ["hell", "o"]
-
-    symbols is a list of n strings, ranks {(left, right): rank}. Searching the whole list for the best pair after each
-    merge would cost O(n²), minutes for a line of a million dashes. Here the places where a pair stands wait in a
-    bucket by its rank, and a merge looks only at the two new pairs it makes: O(n log n), the log from sorting buckets.
+    merge(list("hello"), {("l", "l"): 0, ("h", "e"): 1, ("he", "ll"): 2})  ->  ["hell", "o"]
     """
     symbols = [*symbols, ""]  # "" marks the end, and what was merged away: no ranked pair contains it
     # Who stands next to whom, as they become fewer: a ring, closed by the end mark, so that nobody is on the edge.
     before, after = list(range(-1, len(symbols) - 1)), [*range(1, len(symbols)), 0]
     buckets, queue = defaultdict(list), []  # {rank: places of its pairs}; a heap of these ranks
 
-    def wait(place):
-        rank = ranks.get((symbols[place], symbols[after[place]]))
-        if rank is not None:
-            if rank not in buckets:
-                heapq.heappush(queue, rank)
-            buckets[rank].append(place)
+    def wait(places):
+        for place in places:
+            if (rank := ranks.get((symbols[place], symbols[after[place]]))) is not None:
+                if rank not in buckets:
+                    heapq.heappush(queue, rank)
+                buckets[rank].append(place)
 
-    for place in range(len(symbols) - 1):
-        wait(place)
+    wait(range(len(symbols) - 1))
     while queue:
         rank = heapq.heappop(queue)
         for left in sorted(buckets.pop(rank)):
             right = after[left]
-            if ranks.get((symbols[left], symbols[right])) != rank:
-                continue  # an earlier merge took one of the two
-            symbols[left], symbols[right] = symbols[left] + symbols[right], ""
-            after[left] = after[right]
-            before[after[right]] = left
-            wait(before[left])
-            wait(left)
+            if ranks.get((symbols[left], symbols[right])) == rank:  # else an earlier merge took one of the two
+                symbols[left], symbols[right] = symbols[left] + symbols[right], ""
+                after[left], before[after[right]] = after[right], left
+                wait((before[left], left))
     return [symbol for symbol in symbols if symbol]
 
 

@@ -76,53 +76,43 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
 
 def check(flags):
     """Raises ValueError for a value out of its range, and for a flag that another leaves without effect."""
-    one_text = flags.num_samples == 1 and not flags.batch
-    sampled = [name for name in ("temperature", "top_k", "top_p", "seed") if is_set(flags, name)]
-    for wrong, why in [
-        (not 1 <= flags.num_samples <= 1024, f"--num_samples {flags.num_samples} is out of range: 1 to 1024"),
-        (not 1 <= flags.num_beams <= 1024, f"--num_beams {flags.num_beams} is out of range: 1 (off) to 1024"),
-        (flags.trace > 20, f"--trace {flags.trace} is out of range: 0 (off) to 20 candidates"),
-        (
-            flags.base_url and not flags.base_url.startswith(("http://", "https://")),
-            f"--base_url {flags.base_url!r} must begin with http:// or https://",
-        ),
-        (flags.overflow not in ("error", "slide"), f"--overflow {flags.overflow!r}: choose error or slide"),
-        (
-            flags.early_stopping.lower() not in STOPPING,
-            f"--early_stopping {flags.early_stopping!r}: choose false, true or never",
-        ),
-        (not -10 <= flags.length_penalty <= 10, f"--length_penalty {flags.length_penalty} is out of range: -10 to 10"),
-        ("" in flags.stop, "an empty --stop text would stop before the first token"),
-        (any(not word.strip() for word in flags.bad_words), "--bad_words is empty but for white space: name a word"),
-        (
-            flags.min_new_tokens > flags.n_tokens_to_generate,
-            f"--min_new_tokens {flags.min_new_tokens} is more than --n_tokens_to_generate {flags.n_tokens_to_generate}",
-        ),
-        (flags.batch and not flags.prompt_file, "--batch reads a prompt from each line of a --prompt_file: name one"),
-        (flags.batch and flags.num_samples > 1, "--num_samples is for one prompt, --batch for many: choose one"),
-        (flags.num_beams > 1 and sampled, f"--num_beams never samples: leave out --{''.join(sampled[:1])}"),
-        (flags.num_beams > 1 and not one_text, "--num_beams is for one prompt: leave out --batch and --num_samples"),
-        (flags.num_beams > 1 and flags.stop, "--num_beams cannot end at a --stop text: leave it out"),
-        (
-            flags.num_beams == 1 and (is_set(flags, "length_penalty") or is_set(flags, "early_stopping")),
-            "--length_penalty and --early_stopping have no effect without --num_beams",
-        ),
-        (
-            flags.temperature == 0 and flags.seed is not None,
-            "--seed has no effect at --temperature 0, which takes the likeliest token: set --temperature too",
-        ),
-        (
-            flags.temperature == 0 and flags.num_samples > 1,
-            "--num_samples would all be the same at --temperature 0: set --temperature too",
-        ),
-        (
-            (flags.trace or flags.overflow == "slide") and not (one_text and flags.num_beams == 1),
-            "--trace and --overflow slide are for one text: leave out --batch, --num_samples and --num_beams",
-        ),
-    ]:
+    for wrong, why in (*ranges(flags), *conflicts(flags)):
         if wrong:
             raise ValueError(why)
     sampling.check(settings_of(flags))
+
+
+def ranges(flags):
+    """(is it so?, what is wrong then): each flag by itself."""
+    stopping, url = flags.early_stopping, flags.base_url
+    yield not 1 <= flags.num_samples <= 1024, f"--num_samples {flags.num_samples} is out of range: 1 to 1024"
+    yield not 1 <= flags.num_beams <= 1024, f"--num_beams {flags.num_beams} is out of range: 1 (off) to 1024"
+    yield flags.trace > 20, f"--trace {flags.trace} is out of range: 0 (off) to 20 candidates"
+    yield flags.overflow not in ("error", "slide"), f"--overflow {flags.overflow!r}: choose error or slide"
+    yield stopping.lower() not in STOPPING, f"--early_stopping {stopping!r}: choose false, true or never"
+    yield not -10 <= flags.length_penalty <= 10, f"--length_penalty {flags.length_penalty} is out of range: -10 to 10"
+    yield url and not url.startswith(("http://", "https://")), f"--base_url {url!r} must begin with http:// or https://"
+    yield "" in flags.stop, "an empty --stop text would stop before the first token"
+    yield any(not word.strip() for word in flags.bad_words), "--bad_words is empty but for white space: name a word"
+
+
+def conflicts(flags):
+    """The same: each flag beside the others."""
+    alone, beams, cold = flags.num_samples == 1 and not flags.batch, flags.num_beams > 1, flags.temperature == 0
+    sampled = [name for name in ("temperature", "top_k", "top_p", "seed") if is_set(flags, name)][:1]
+    n_least, n_new = flags.min_new_tokens, flags.n_tokens_to_generate
+    yield n_least > n_new, f"--min_new_tokens {n_least} is more than --n_tokens_to_generate {n_new}"
+    yield flags.batch and not flags.prompt_file, "--batch reads a prompt from each line of a --prompt_file: name one"
+    yield flags.batch and flags.num_samples > 1, "--num_samples is for one prompt, --batch for many: choose one"
+    yield beams and sampled, f"--num_beams never samples: leave out --{''.join(sampled)}"
+    yield beams and not alone, "--num_beams is for one prompt: leave out --batch and --num_samples"
+    yield beams and flags.stop, "--num_beams cannot end at a --stop text: leave it out"
+    for name in ("length_penalty", "early_stopping"):
+        yield not beams and is_set(flags, name), f"--{name} has no effect without --num_beams"
+    yield cold and flags.seed is not None, "--seed has no effect at --temperature 0: set --temperature too"
+    yield cold and flags.num_samples > 1, "--num_samples are all the same at --temperature 0: set --temperature too"
+    for name in ("trace", "overflow"):
+        yield is_set(flags, name) and (beams or not alone), f"--{name} is for one text that is not searched by beams"
 
 
 def is_set(flags, name):
