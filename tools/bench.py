@@ -481,7 +481,8 @@ def report(found, engines):
         yield f"peak memory after decoding, {name}: {found['peak_bytes'][name] / 1e6:.0f} MB, {share:.2f} × the weights"
     compiling = {name: row["jax"] for name, row in found["compiling_seconds"].items() if "jax" in row}
     if compiling:
-        yield "the first time on JAX, compiling or loading what is compiled, took longer by: " + ", ".join(f"{s:.1f} s ({n})" for n, s in compiling.items())
+        took = ", ".join(f"{seconds:.1f} s ({name})" for name, seconds in compiling.items())
+        yield f"the first time on JAX, compiling or loading what is compiled, took longer by {took}"
 
 
 def draw(found, engines, path):
