@@ -15,8 +15,6 @@ import re
 import sys
 from pathlib import Path
 
-import backends
-import checkpoint
 from checkpoint import damages, load_gpt2_params_from_hf, load_gpt2_params_from_tf_ckpt, read_index
 from cli import one_line, run
 from encoder import END_OF_TEXT, get_encoder, read_json, read_text
@@ -132,13 +130,6 @@ def latest_checkpoint(path):
     return path.parent / Path(match[1]).name  # TensorFlow writes where it was once saved; it may have moved
 
 
-def start(backend, dtype):
-    """Readies a backend for a dtype and returns what computes, in words. Raises ValueError for either if it is unknown
-    or not installed."""
-    checkpoint.find_dtype(dtype)
-    return backends.get(backend).start(dtype)
-
-
 def is_openai(hparams):
     """OpenAI's models write on past <|endoftext|>, in some other document; for a small model the story ends there."""
     return hparams["n_vocab"] == 50257
@@ -149,22 +140,6 @@ def first_ids(encoder, prompt):
     if not prompt and encoder.end_of_text is None:
         raise ValueError(f"this model knows no {END_OF_TEXT} to start from: give a prompt")
     return encoder.encode(prompt) or [encoder.end_of_text]
-
-
-def read_prompt(prompt, prompt_file):
-    """The prompt itself or what stands in a UTF-8 file ("-" is stdin), without the newline that ends a file. Raises
-    ValueError if that cannot be read."""
-    if prompt and prompt_file:
-        raise ValueError("a prompt and --prompt_file are two prompts: give one")
-    try:
-        if prompt_file == "-" and sys.stdin is None:
-            raise ValueError("--prompt_file -: there is no stdin")
-        if prompt_file:
-            prompt = sys.stdin.buffer.read().decode("utf-8") if prompt_file == "-" else read_text(prompt_file)
-            prompt = prompt.removeprefix("\ufeff")  # with which Windows marks UTF-8
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompt_file {one_line(error)}") from None
-    return prompt.removesuffix("\n").removesuffix("\r") if prompt_file else prompt
 
 
 # ---- Download ----

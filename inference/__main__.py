@@ -6,9 +6,11 @@ import sys
 import time
 from types import SimpleNamespace
 
+import backends
 import checkpoint
 import cli
 import utils
+from encoder import read_text
 from gpt2 import check_inputs
 from inference import batching, beam, kv_cache, sampling
 from inference.stream import Row, stream
@@ -57,7 +59,8 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
     """
     flags = SimpleNamespace(**locals())
     check(flags)
-    device = utils.start(backend, dtype)
+    checkpoint.find_dtype(dtype)
+    device = backends.get(backend).start(dtype)
     prompts = read_prompts(flags)
     encoder, hparams, params = utils.load_model(model_size, models_dir, base_url)
     rows = [make_row(flags, encoder, hparams, prompt, i) for i, prompt in enumerate(prompts)]
@@ -133,12 +136,26 @@ def settings_of(flags, encoder=None):
 
 def read_prompts(flags):
     """The prompts, one for each text that is wanted."""
-    prompt = utils.read_prompt(flags.prompt, flags.prompt_file)
+    if flags.prompt and flags.prompt_file:
+        raise ValueError("a prompt and --prompt_file are two prompts: give one")
+    prompt = read_prompt_file(flags.prompt_file) if flags.prompt_file else flags.prompt
     if not flags.batch:
         return [prompt] * flags.num_samples
     if not prompt:
         raise ValueError(f"--prompt_file {flags.prompt_file}: no lines")
     return [line.removesuffix("\r") for line in prompt.split("\n")]
+
+
+def read_prompt_file(path):
+    """What stands in a UTF-8 file ("-" is stdin), without the newline that ends it and the mark that Windows begins it
+    with. Raises ValueError if that cannot be read."""
+    if path == "-" and sys.stdin is None:
+        raise ValueError("--prompt_file -: there is no stdin")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8") if path == "-" else read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt_file {cli.one_line(error)}") from None
+    return text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
 
 
 def make_row(flags, encoder, hparams, prompt, i):
