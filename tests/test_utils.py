@@ -115,7 +115,7 @@ def test_a_folder_with_a_file_missing_is_repaired(server, tmp_path, missing):
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["server resumes", "server does not"])
 def test_killed_in_the_middle_and_started_again(server, tmp_path, ranges):
-    server.delay = 0.05  # 28 pieces, 1.4 s: long enough to be killed in
+    server.delay = 0.1  # 28 pieces, 2.8 s: long enough to be killed in
     code = "import sys, utils; utils.SHA256 = {}; utils.download_gpt2_files('124M', *sys.argv[1:])"
     folder, part = tmp_path / "124M", tmp_path / "124M" / (utils.DATA + ".part")
     with subprocess.Popen([sys.executable, "-c", code, str(folder), server.url], cwd=ROOT) as process:
