@@ -9,9 +9,8 @@ it, encoder.py turns text into ids and back). The arrays decide who computes, Nu
 Sizes          n_seq tokens at hand, n_ctx at most; n_vocab known tokens; n_embd numbers stand for one token;
                n_layer blocks; n_head heads of d_head = n_embd / n_head numbers each.
 Shapes         `# [in] -> [out]` ends every line that changes a shape.
-Dtypes         what goes in comes out: float32, float64 or bfloat16. Scalars are Python's (math.sqrt), because a NumPy
-               float64 scalar would turn every float32 that it touches into float64. @keeps_dtype and @in_float32 do
-               something for bfloat16 only: read over them.
+Dtypes         what goes in comes out: float32, float64 or bfloat16 (@keeps_dtype, @in_float32: for the last alone,
+               read over them). Scalars are Python's: a NumPy float64 would turn every float32 it touches into float64.
 [GPT-2]        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
 [Transformer]  Vaswani et al. 2017, "Attention Is All You Need"
 """
@@ -62,18 +61,23 @@ def linear(x, w, b):
 
 
 @keeps_dtype
-@in_float32
+def attention_scores(q, k):
+    """Tokens tell each other what they know. Each asks (its query, a row of q), says what it has (its key, a row of k)
+    and brings it (its value). This is how well each key matches each query ([Transformer] section 3.2.1)."""
+    # A sum of d_head random products grows like sqrt(d_head). Divide that away, or softmax would heed one key alone.
+    return q / math.sqrt(q.shape[-1]) @ k.mT  # [..., n_query, d_head] -> [..., n_query, n_key]
+
+
+@keeps_dtype
 def attention(q, k, v, mask):
-    """Tokens tell each other what they know ([Transformer] section 3.2.1). Each asks (its query, a row of q), says what
-    it has (its key) and brings it (its value). Who asks gets a mean of the values, weighted by how well the keys match.
+    """Each query gets a mean of the values, weighted by the scores of their keys ([Transformer] section 3.2.1).
 
     q is [..., n_query, d_head]; k and v are [..., n_key, d_head].
     mask is boolean, [n_query, n_key]: True where that query may look at that key.
     """
-    # A sum of d_head random products grows like sqrt(d_head). Divide that away, or softmax would heed one key alone.
-    scores = q / math.sqrt(q.shape[-1]) @ k.mT  # [..., n_query, d_head] -> [..., n_query, n_key]
+    scores = attention_scores(q, k)  # [..., n_query, d_head] -> [..., n_query, n_key]
     # -1e10 is OpenAI's stand-in for minus infinity: far below any score, so softmax makes it exactly 0, and never NaN.
-    weights = softmax(np.where(mask, scores, -1e10))
+    weights = softmax(np.where(mask, scores, scores.dtype.type(-1e10)))
     return weights @ v  # [..., n_query, n_key] -> [..., n_query, d_head]
 
 

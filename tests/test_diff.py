@@ -11,7 +11,18 @@ from tools import diff
 
 oracle("jax")
 MODEL = ["--model_size", "3M"]
-LAYERS = ["gelu", "softmax", "layer_norm", "linear", "ffn", "attention", "split_heads", "merge_heads", "mha"]
+LAYERS = [
+    "gelu",
+    "softmax",
+    "layer_norm",
+    "linear",
+    "ffn",
+    "attention",
+    "attention_scores",
+    "split_heads",
+    "merge_heads",
+    "mha",
+]
 LAYERS += ["transformer_block", "embed", "unembed"]
 
 
@@ -32,7 +43,7 @@ def test_without_a_difference_the_status_is_0_and_every_place_is_listed(run):
     assert places[-1] == "logits"
     assert "blocks[3].mha.attention" in places
     assert "blocks[5].mha.linear(c_proj)" in places
-    assert len(places) == len(set(places)) == 6 * 16 + 4
+    assert len(places) == len(set(places)) == 6 * 17 + 4
     assert "the next token is the same" in out
     assert "ahead" in out
 
@@ -122,6 +133,8 @@ def test_mistakes_are_one_line(run, command, tmp_path):
         (["A cat", "--against", str(tmp_path / "other.npz")], "no recording"),
         (["A cat", "--against", "nowhere.npz"], "No such file"),
         (["A cat", "--dtype_b", "float16"], "unknown dtype"),
+        (["A cat", "--against", recording, "--dtype_b", "float16"], "unknown dtype"),
+        (["A cat", "--against", recording, "--backend_b", "banana"], "leave out --backend_b"),
         (["A cat", "--backend_a", "torch"], "unknown backend"),
         (["a " * 300], "n_ctx 256"),
     ]:

@@ -196,6 +196,16 @@ def report(rows, runs, encoder, tolerance):
     )
 
 
+def check(backend_a, dtype_a, backend_b, dtype_b, against):
+    """Raises ValueError for what is unknown, and for a run b that a recording stands in for."""
+    for dtype in (dtype_a, dtype_b):
+        checkpoint.find_dtype(dtype)
+    if against and (backend_b, dtype_b) != ("jax", "float32"):
+        raise ValueError("--against stands in for run b: leave out --backend_b and --dtype_b")
+    for backend in (backend_a,) if against else (backend_a, backend_b):
+        backends.get(backend)
+
+
 # fmt: off
 def main(prompt: str = "Once upon a time", *, model_size: str = "3M", models_dir: str = "",
          backend_a: str = "numpy", dtype_a: str = "float32", backend_b: str = "jax", dtype_b: str = "float32",
@@ -215,6 +225,7 @@ def main(prompt: str = "Once upon a time", *, model_size: str = "3M", models_dir
         save: a file (.npz) to record the first run of a in
         json: print one JSON object in place of the table
     """
+    check(backend_a, dtype_a, backend_b, dtype_b, against)
     encoder, hparams, params = utils.load_encoder_hparams_and_params(model_size, models_dir)
     ids = utils.first_ids(encoder, prompt)
     gpt2.check_inputs(ids, 0, hparams["n_vocab"], hparams["n_ctx"])
@@ -231,7 +242,8 @@ def main(prompt: str = "Once upon a time", *, model_size: str = "3M", models_dir
     beyond = [row["place"] for row in rows if not row["within"]]
     if json:
         best = {name: next_token(run["logits"]) for name, run in runs.items()}
-        print(dumps({"places": rows, "first_beyond": beyond[0] if beyond else None, "next_token": best}))
+        found = {"places": rows, "first_beyond": beyond[0] if beyond else None, "next_token": best}
+        print(dumps(found).replace("Infinity", "null"))  # JSON has no word for a shape that changed
     else:
         print("\n".join(report(rows, runs, encoder, max(tolerances.values()))))
     sys.exit(1 if beyond else 0)
