@@ -228,46 +228,6 @@ def masked_crc32c(data):
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def save_gpt2_params_to_tf_ckpt(tf_ckpt_path, params):
-    """Writes params, as float32, as what the reader above reads, and TensorFlow too; then the file `checkpoint`."""
-    tensors, entries, offset, path = {}, [(b"", b"\x08\x01\x1a\x02\x08\x01")], 0, Path(tf_ckpt_path)  # header: 1 shard
-    map_params(lambda place, array: tensors.update({tf_name(place): array}), params)
-    with open(f"{path}.data-00000-of-00001", "wb") as file:
-        for name, array in sorted(tensors.items()):
-            shape = (1, *array.shape) if name.endswith("/w") else array.shape
-            data = np.ascontiguousarray(array, "<f4").tobytes()
-            file.write(data)
-            dims = b"".join(b"\x12" + sized(b"\x08" + varint(n)) for n in shape)
-            where = b"\x20" + varint(offset) + b"\x28" + varint(len(data))
-            entry = b"\x08\x01\x12" + sized(dims) + where + b"\x35" + struct.pack("<I", masked_crc32c(data))
-            entries.append((name.encode(), entry))
-            offset += len(data)
-    Path(f"{path}.index").write_bytes(table(entries))
-    path.with_name("checkpoint").write_text(f'model_checkpoint_path: "{path.name}"\n', encoding="utf-8")
-
-
-def table(entries):
-    """The bytes of a string table with the sorted (key, value) pairs `entries`: one block of them, an empty one, and
-    one that says where the first is; then a footer of 48 bytes that says where the latter two are."""
-    written, handles = b"", []
-    for pairs in (entries, [], None):
-        pairs = [(entries[-1][0], handles[0])] if pairs is None else pairs
-        block = b"".join(b"\0" + varint(len(key)) + varint(len(value)) + key + value for key, value in pairs)
-        block += struct.pack("<II", 0, 1)  # one restart point, the beginning: no key leaves anything out
-        handles.append(varint(len(written)) + varint(len(block)))
-        written += block + b"\0" + struct.pack("<I", masked_crc32c(block + b"\0"))
-    return written + (handles[1] + handles[2]).ljust(40, b"\0") + MAGIC
-
-
-def varint(n):
-    """Undoes read_varint."""
-    return bytes([n]) if n < 0x80 else bytes([n & 0x7F | 0x80]) + varint(n >> 7)
-
-
-def sized(data):
-    return varint(len(data)) + data
-
-
 # ---- Hugging Face's layout ----
 
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import GOLDEN, ROOT, oracle, random_params
 
 import checkpoint
+import save
 import utils
 
 SMALL = {"n_vocab": 11, "n_ctx": 8, "n_embd": 6, "n_head": 2, "n_layer": 12}
@@ -76,7 +77,7 @@ def test_a_table_of_many_blocks(tmp_path):
 def test_tensorflow_reads_what_we_write_and_so_do_we(tmp_path):
     tf = oracle("tensorflow")
     params = random_params(**SMALL)
-    checkpoint.save_gpt2_params_to_tf_ckpt(tmp_path / "model.ckpt", params)
+    save.save_gpt2_params_to_tf_ckpt(tmp_path / "model.ckpt", params)
     reader = tf.train.load_checkpoint(str(tmp_path))
     for name, array in as_openai_stores_it(params).items():
         assert np.array_equal(reader.get_tensor(name), array), name

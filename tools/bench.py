@@ -28,6 +28,7 @@ import numpy as np
 import backends
 import checkpoint
 import cli
+import save
 import utils
 from encoder import END_OF_TEXT, SPELL
 
@@ -299,7 +300,7 @@ def peak_memory():
 def save_random_model(folder, hparams):
     """Random weights as a model folder in OpenAI's layout, with a tokenizer that knows bytes and made-up words."""
     folder = Path(folder)
-    checkpoint.save_gpt2_params_to_tf_ckpt(folder / "model.ckpt", random_params(hparams))
+    save.save_gpt2_params_to_tf_ckpt(folder / "model.ckpt", random_params(hparams))
     spellings = [*SPELL.values(), *(f"t{i}" for i in range(256, hparams["n_vocab"] - 1)), END_OF_TEXT]
     ids = {spelling: i for i, spelling in enumerate(spellings)}
     (folder / "encoder.json").write_text(json_library.dumps(ids), encoding="utf-8")

@@ -1,0 +1,114 @@
+"""Writing models: nothing half-written, no number changed, and other programs can read it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, cast, random_params
+
+import gpt2
+import save
+import utils
+
+SMALL = {"n_vocab": 300, "n_ctx": 8, "n_embd": 6, "n_head": 2, "n_layer": 2}
+
+
+def convert(command, *arguments):
+    return command(*map(str, arguments), main=utils.convert)
+
+
+def test_there_and_back_no_byte_changes(command, tmp_path):
+    """Each layout's own files are those of the original; the index is another program's work, what it says is not."""
+    source = utils.MODELS_DIR / "3M"
+    assert convert(command, "3M", tmp_path / "hf", "--layout", "hf")[0] == 0
+    assert convert(command, tmp_path / "hf", tmp_path / "tf", "--layout", "tf")[0] == 0
+    assert convert(command, tmp_path / "tf", tmp_path / "hf2", "--layout", "hf")[0] == 0
+    for name in ("encoder.json", "vocab.bpe", utils.DATA):
+        assert (tmp_path / "tf" / name).read_bytes() == (source / name).read_bytes(), name
+    for path in (tmp_path / "hf").iterdir():
+        assert path.read_bytes() == (tmp_path / "hf2" / path.name).read_bytes(), path.name
+    assert list(utils.problems(tmp_path / "tf", {})) == []
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == sorted(utils.HF_FILES)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_hugging_face_files_keep_their_dtype(dtype, tmp_path):
+    params = cast(random_params(**SMALL), dtype)
+    save.save_model(tmp_path, SMALL, params, ["hf"])
+    hparams = utils.read_hparams(tmp_path)
+    loaded = utils.load_gpt2_params_from_hf(tmp_path / "model.safetensors", hparams)
+    assert hparams == SMALL
+    assert loaded["wte"].dtype == dtype
+    assert np.array_equal(loaded["blocks"][1]["mlp"]["c_fc"]["w"], params["blocks"][1]["mlp"]["c_fc"]["w"])
+
+
+def test_float64_does_not_fit_into_openais_layout(tmp_path):
+    with pytest.raises(ValueError, match="float32 alone"):
+        save.convert(tmp_path, tmp_path / "out", SMALL, cast(random_params(**SMALL), "float64"), "tf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_transformers_loads_it_too(command, tmp_path):
+    """The same logits and the same tokens."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    assert convert(command, "3M", tmp_path / "hf", "--layout", "hf")[0] == 0
+    encoder, hparams, params = utils.load_encoder_hparams_and_params("3M")
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ids = encoder.encode("Once upon a time, there was a dög.")
+    assert tokenizer("Once upon a time, there was a dög.").input_ids == ids
+    assert tokenizer.eos_token_id == encoder.end_of_text == model.config.eos_token_id
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(theirs - gpt2.gpt2(ids, **params, n_head=hparams["n_head"])).max() < 1e-4
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    save.write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), save.replacing(path) as part:
+        part.write_text(f"{path.read_text()} ne{1 // 0}")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    save.write_text(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    pytest.importorskip("resource")
+    save.write_text(tmp_path / "config.json", "old")
+    code = (
+        "import resource, save, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        f"save.write_text({str(tmp_path / 'config.json')!r}, 'new' * 1000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "cannot write" in done.stderr
+    assert "what was there before still is" in done.stderr
+    assert (tmp_path / "config.json").read_text() == "old"
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["3M", "{tmp}/new", "--layout", "onnx"], "--layout 'onnx': choose tf or hf"),
+        (["3M", "{tmp}", "--layout", "hf"], "is there already"),
+        (["3M", "--layout", "hf"], "name a folder to make"),
+        (["nothing", "{tmp}/new", "--layout", "hf"], "no model 'nothing'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, words, command, tmp_path):
+    status, out, err = convert(command, *[a.replace("{tmp}", str(tmp_path)) for a in arguments])
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert words in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_config_json_says_what_transformers_needs(tmp_path):
+    save.save_model(tmp_path, SMALL, random_params(**SMALL))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["vocab_size"], config["n_positions"], config["eos_token_id"]) == (300, 8, 299)
+    assert config["activation_function"] == "gelu_new"

@@ -1,0 +1,263 @@
+"""The loop: from text to a folder that loads, and what an interruption costs. Tiny models, whole runs."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, ROOT, oracle
+
+import checkpoint
+import gpt2
+import utils
+from training import data, saves, train
+
+oracle("jax")
+oracle("optax")
+
+TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--n_ctx", "16", "--batch_size", "4", "--warmup", "2"]
+TINY += ["--eval_every", "3", "--n_steps", "9", "--learning_rate", "0.01"]
+TEXT = "<|endoftext|>".join(f"Tom has {n} red balls. He gives one ball to Ann. Now Tom has less.\n" for n in range(60))
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory):
+    """A data folder with the golden model's tokenizer, 512 tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    data.main(str(folder / "text.txt"), out=str(folder / "ids"), encoder=str(GOLDEN))
+    return folder / "ids"
+
+
+@pytest.fixture
+def start(command, ids, tmp_path):
+    """Starts a run in tmp_path/name: (exit status, stdout, stderr)."""
+
+    def run(*flags, name="run", folder=ids):
+        return command(str(folder), "--out", str(tmp_path / name), *TINY, *flags, main=train.main)
+
+    return run
+
+
+def losses(folder):
+    return [(line["step"], line.get("loss"), line.get("validation")) for line in saves.read_metrics(folder)]
+
+
+def params_of(folder):
+    found = {}
+    params = utils.load_encoder_hparams_and_params(str(folder))[2]
+    checkpoint.map_params(lambda path, array: found.update({path: np.array(array)}), params)
+    return found
+
+
+def test_from_text_to_a_model_that_writes(start, command, tmp_path):
+    status, out, err = start()
+    folder = tmp_path / "run"
+    assert status == 0
+    assert out.count("validation ") == 5
+    assert f"{folder} is the model of step" in out
+    assert "Traceback" not in err
+    status, text, err = command("Tom", "--n_tokens_to_generate", "5", "--model_size", str(folder))
+    assert (status, err) == (0, "")
+    assert text
+    found = [(step, loss is not None) for step, loss, _ in losses(folder)]
+    assert found == [(0, False), *((i, True) for i in (1, 2, 3)), (3, False), *((i, True) for i in (4, 5, 6)),
+                     (6, False), *((i, True) for i in (7, 8, 9)), (9, False)]  # fmt: skip
+    assert [line["tokens"] for line in saves.read_metrics(folder) if line["step"] == 9] == [9 * 4 * 16] * 2
+    if pytest.importorskip("matplotlib"):
+        assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    first, last = losses(folder)[0][2], losses(folder)[-1][2]
+    assert first == pytest.approx(np.log(512), rel=0.02)
+    assert last < first - 0.5
+
+
+def test_both_layouts_hold_the_same_model(start, tmp_path):
+    start()
+    hparams = utils.read_hparams(tmp_path / "run")
+    hf = utils.load_gpt2_params_from_hf(tmp_path / "run" / "model.safetensors", hparams)
+    tf = params_of(tmp_path / "run")
+    checkpoint.map_params(lambda path, array: np.testing.assert_array_equal(array, tf[path]), hf)
+    assert (tmp_path / "run" / "vocab.json").read_bytes() == (tmp_path / "run" / "encoder.json").read_bytes()
+    assert len(saves.saved_steps(tmp_path / "run")) == 2, "the last two"
+    assert not list(tmp_path.glob("**/*.part"))
+
+
+@pytest.mark.parametrize("stopped_at", [1, 4, 6])
+def test_a_resumed_run_is_the_same_to_the_bit(stopped_at, start, tmp_path, monkeypatch):
+    """Stopped before the first save, between two, and right after one."""
+    start("--dropout", "0.2", name="whole")
+    take_step = train.Run.take_step
+
+    def interrupted(run):
+        if run.counters["step"] == stopped_at:
+            raise KeyboardInterrupt
+        return take_step(run)
+
+    monkeypatch.setattr(train.Run, "take_step", interrupted)
+    assert start("--dropout", "0.2")[0] == 130
+    monkeypatch.setattr(train.Run, "take_step", take_step)
+    with open(tmp_path / "run" / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 5, "lo')  # as a kill might leave it
+    assert start("--dropout", "0.2", "--resume")[0] == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    whole, resumed = params_of(tmp_path / "whole"), params_of(tmp_path / "run")
+    assert all(np.array_equal(array, resumed[path]) for path, array in whole.items())
+
+
+SAVING = """
+import sys, numpy as np
+from checkpoint import map_params, param_shapes
+from training import saves
+hparams = {"n_vocab": 512, "n_ctx": 64, "n_embd": 64, "n_head": 2, "n_layer": 2}
+for step in range(int(sys.argv[2]), 10**6):
+    params = map_params(lambda _, shape: np.full(shape, step, np.float32), param_shapes(**hparams))
+    saves.save_best(sys.argv[1], step, hparams, params)
+    saves.save_run(sys.argv[1], step, [params["wte"]] * 3, {"step": step})
+    print(step, flush=True)
+"""
+
+
+def test_kill_9_at_twenty_moments(tmp_path):
+    """The folder loads each time, and the last step that was reported as saved is there, or the one after."""
+    for name in ("encoder.json", "vocab.bpe"):
+        (tmp_path / name).write_bytes((GOLDEN / name).read_bytes())
+    waits, step = random.Random(0), 0
+    for _ in range(20):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVING, str(tmp_path), str(step)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        process.stdout.readline()
+        time.sleep(waits.uniform(0, 0.1))
+        process.kill()
+        reported = [step, *map(int, process.communicate()[0].split())][-1]
+        leaves, counters = saves.load_run(tmp_path)
+        assert counters["step"] in (reported, reported + 1)
+        assert (leaves[0] == counters["step"]).all()
+        params = utils.load_encoder_hparams_and_params(str(tmp_path))[2]
+        assert {int(array.min()) for array in (params["wte"], params["ln_f"]["b"])} <= {reported, reported + 1}
+        step = counters["step"] + 1
+
+
+def test_a_full_disk_is_one_line_and_the_last_save_stays(start, tmp_path, ids):
+    """A limit on the size of files stands in for the disk: the params fit below it, the optimizer's state does not."""
+    resource = pytest.importorskip("resource")
+    start("--n_steps", "3")
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    code += "import cli; from training import train; cli.run(train.main, 'train')"
+    arguments = [sys.executable, "-c", code, str(ids), "--out", str(tmp_path / "run"), *TINY, "--n_steps", "3"]
+    assert resource
+    saved = saves.saved_steps(tmp_path / "run")
+    os.unlink(tmp_path / "run" / "training-3.npz")  # so that there is something left to do
+    done = subprocess.run([*arguments, "--resume"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "cannot write" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert saves.saved_steps(tmp_path / "run") == saved[:1]
+    assert params_of(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(start, tmp_path):
+    status, _, err = start("--learning_rate", "1e30", "--clip", "1e30", "--warmup", "0")
+    assert status == 2
+    line = err.splitlines()[-1]
+    assert "loss is" in line
+    assert "at step" in line
+    assert "try a --learning_rate below 1e+30" in line
+    assert "as it was saved at step 0" in line
+    assert all(np.isfinite(array).all() for array in params_of(tmp_path / "run").values())
+
+
+def test_patience_ends_a_run_that_learns_by_heart_and_keeps_the_best(start, tmp_path):
+    flags = ["--n_steps", "400", "--eval_every", "20", "--patience", "2", "--dropout", "0", "--learning_rate", "0.05"]
+    status, out, _ = start(*flags)
+    evaluations = [(step, loss) for step, _, loss in losses(tmp_path / "run") if loss is not None]
+    best = min(evaluations, key=lambda pair: pair[1])
+    assert status == 0
+    assert evaluations[-1][0] < 400, "stopped"
+    assert evaluations[-1][0] == best[0] + 2 * 20
+    assert f"is the model of step {best[0]}, validation loss {best[1]:.4f}" in out
+    assert f"model.ckpt-{best[0]}" in (tmp_path / "run" / "checkpoint").read_text()
+
+
+def test_going_on_from_a_model(command, tmp_path, storyteller):
+    """Its first validation loss is that model's, and one step further it has moved but a little."""
+    (tmp_path / "text.txt").write_text(TEXT * 4, encoding="utf-8")
+    data.main(str(tmp_path / "text.txt"), out=str(tmp_path / "ids"), encoder="3M")
+    flags = ["--init_from", "3M", "--n_steps", "1", "--batch_size", "2", "--eval_every", "1"]
+    status, _, _ = command(str(tmp_path / "ids"), "--out", str(tmp_path / "run"), *flags, main=train.main)
+    assert status == 0
+    encoder, hparams, params = storyteller
+    windows = data.consecutive(data.load(tmp_path / "ids", 256)[1]["validation"], 256, 256)
+    expected = [train.step_library().lm_loss(params, row, hparams["n_head"]) for row in windows]
+    assert losses(tmp_path / "run")[0][2] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert encoder.ids == utils.load_encoder_hparams_and_params(str(tmp_path / "run"))[0].ids
+    assert isinstance(gpt2.generate([1], params, 6, 1), list)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--n_embd", "15"], "--n_embd 15 cannot be shared among --n_head 2"),
+        (["--n_ctx", "10000"], "fewer than --n_ctx 10000"),
+        (["--dropout", "1"], "--dropout 1.0 is out of range"),
+        (["--learning_rate", "0"], "--learning_rate 0.0 is out of range"),
+        (["--batch_size", "0"], "--batch_size 0 is out of range"),
+        (["--rows_at_once", "3"], "--rows_at_once 3 does not divide --batch_size 4"),
+        (["--dtype", "float16"], "choose float32 or bfloat16"),
+        (["--backend", "numpy"], "gradients need the jax backend"),
+        (["--init_from", "3M"], "--n_layer has no effect: --init_from decides"),
+        (["--resume"], "has no run to resume"),
+        (["--steps", "3"], "unknown flag --steps"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(flags, words, start, tmp_path):
+    status, out, err = start(*flags)
+    assert (status, out) == (2, "")
+    assert err.count("\n") <= 2, "the device, and the mistake"
+    assert words in err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_tokenizer_than_the_models(command, ids, tmp_path):
+    arguments = [str(ids), "--out", str(tmp_path / "run"), "--init_from", "3M"]
+    status, _, err = command(*arguments, main=train.main)
+    assert status == 2
+    assert "make it with --encoder 3M" in err
+
+
+def test_resuming_with_other_settings_and_starting_over(start, tmp_path):
+    start("--n_steps", "3")
+    before = losses(tmp_path / "run")
+    status, _, err = start("--n_steps", "3", "--n_embd", "8", "--resume")
+    assert (status, "this run had n_embd 16, not 8" in err) == (2, True)
+    status, _, err = start("--n_steps", "3", "--seed", "1", "--resume")
+    assert (status, "this run had seed 0, not 1" in err) == (2, True)
+    status, _, err = start("--n_steps", "3")
+    assert (status, "--resume goes on with its run" in err) == (2, True)
+    assert losses(tmp_path / "run") == before
+    (tmp_path / "run" / "training-3.npz").write_bytes(b"PK\x03\x04 no zip")
+    status, _, err = start("--n_steps", "3", "--resume")
+    assert (status, "training-3.npz: no saved run, or a damaged one" in err) == (1, True)
+
+
+def test_a_missing_optax_is_one_line(start, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optax", None)
+    monkeypatch.delitem(sys.modules, "training.step", raising=False)
+    status, _, err = start()
+    assert status == 2
+    assert "training needs optax: python3 -m pip install" in err.splitlines()[-1]
+
+
+def test_metrics_are_json_lines(start, tmp_path):
+    start("--n_steps", "1")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [sorted(json.loads(line)) for line in lines] == [
+        ["step", "tokens", "train", "validation"],
+        ["loss", "step", "tokens"],
+        ["step", "tokens", "train", "validation"],
+    ]

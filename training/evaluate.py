@@ -1,0 +1,111 @@
+"""How well does a model know a text? As numbers that can be compared: with another model's, and with published ones.
+
+    python -m training.evaluate models/3M text.txt
+
+A model sees n_ctx tokens at most. A longer text is read through a window that moves on by `stride` tokens; each time
+only the predictions that the last window did not make count, and these had at least n_ctx - stride tokens to go by. A
+small stride gives lower losses, at a higher price. So a perplexity without its stride says little; and one per token
+says little of models with another tokenizer: bits per byte compare these.
+
+Jelinek et al. 1977 (perplexity); Graves 2013, "Generating Sequences With Recurrent Neural Networks", section 3 (bits).
+"""
+
+import functools
+import json as json_library
+import math
+from pathlib import Path
+
+import numpy as np
+
+import backends
+import checkpoint
+import cli
+import utils
+from gpt2 import gpt2
+from training import data
+from training.loss import perplexity, token_losses
+
+
+def main(model: str = "", text: str = "", *, stride: int | None = None, backend: str = "numpy",
+         dtype: str = "float32", models_dir: str = "", json: bool = False):  # fmt: skip
+    """The loss of a model on a text file, or on a folder of .txt files.
+
+    Args:
+        model: 124M, 355M, 774M, 1558M, 3M or a model folder
+        text: a UTF-8 file or a folder of *.txt; <|endoftext|> separates documents
+        stride: by how many tokens the window moves on, 1 to n_ctx; left out: half of n_ctx
+        backend: numpy or jax
+        dtype: float32, bfloat16 or float64
+        models_dir: where the folders of models are; left out: models/
+        json: print one JSON object
+    """
+    backends.get(backend).start(dtype)
+    checkpoint.find_dtype(dtype)
+    documents = data.read_documents(Path(text))
+    encoder, hparams, params = utils.load_encoder_hparams_and_params(model, models_dir)
+    stride = hparams["n_ctx"] // 2 or 1 if stride is None else stride
+    if not 1 <= stride <= hparams["n_ctx"]:
+        raise ValueError(f"--stride {stride} is out of range: 1 to n_ctx, {hparams['n_ctx']}")
+    ids = data.tokenize(documents, encoder)
+    if len(ids) < 2:
+        raise ValueError(f"{text}: {len(ids)} token is too short: the first one is not predicted")
+    nats = total_loss(checkpoint.cast(params, dtype), ids, hparams["n_ctx"], stride, hparams["n_head"], backend)
+    found = report(nats, ids, encoder, stride)
+    print(json_library.dumps(found) if json else table(found))
+
+
+def windows(n_ids, n_ctx, stride):
+    """(start, first, end) for each window: it reads the ids from `start` on, and its predictions of the ids
+    [first:end] count. Each id but the first is counted once."""
+    first = 1
+    for start in range(0, n_ids - 1, stride):
+        end = min(start + n_ctx + 1, n_ids)
+        yield start, first, end
+        if end == n_ids:
+            return
+        first = end
+
+
+def total_loss(params, ids, n_ctx, stride, n_head, backend="numpy"):
+    """The sum of the losses, in nats, of all ids but the first."""
+    from tqdm import tqdm
+
+    library, total = backends.get(backend), 0.0
+    params = library.asarray(params)
+    losses_of = library.jit(functools.partial(window_losses, n_head=n_head))
+    for start, first, end in tqdm([*windows(len(ids), n_ctx, stride)], unit="window", disable=None):
+        window = np.zeros(n_ctx + 1, np.int32)  # padded at the end, where no token looks: one length, one program
+        window[: end - start] = ids[start:end]
+        losses = library.to_numpy(losses_of(params, window)).astype(np.float64)
+        total += losses[first - start - 1 : end - start - 1].sum()
+    return float(total)
+
+
+def window_losses(params, window, n_head):
+    return token_losses(gpt2(window[:-1], **params, n_head=n_head), window[1:])  # [n_ctx + 1] -> [n_ctx]
+
+
+def report(nats, ids, encoder, stride):
+    """What --json prints. The bytes are those of the tokens that were predicted; <|endoftext|> is one without any."""
+    n_bytes = sum(len(encoder.token_bytes(i)) for i in ids[1:] if i != encoder.end_of_text)
+    n_tokens = len(ids) - 1
+    return {
+        "tokens": n_tokens,
+        "bytes": n_bytes,
+        "nats_per_token": nats / n_tokens,
+        "bits_per_byte": nats / math.log(2) / n_bytes,
+        "perplexity": perplexity(nats / n_tokens),
+        "stride": stride,
+    }
+
+
+def table(found):
+    rows = found | {"nats_per_byte": found["bits_per_byte"] * math.log(2)}
+    return "\n".join(
+        f"{name.replace('_', ' '):15}{value:>14{',' if isinstance(value, int) else ',.4f'}}"
+        for name, value in rows.items()
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, "-m training.evaluate")
