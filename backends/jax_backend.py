@@ -32,12 +32,13 @@ def start(dtype="float32"):
 def asarray(tree):
     """A nest of arrays, dicts, lists and tuples: the same nest with JAX arrays, their dtypes unchanged.
 
-    Raises ValueError for 64-bit numbers while JAX has 64 bits switched off: it would halve them without a word.
+    On a CPU they may be the same memory: do not change the NumPy ones later. Raises ValueError for 64-bit numbers while
+    JAX has 64 bits switched off: it would halve them without a word.
     """
     for leaf in jax.tree.leaves(tree):
         if getattr(leaf, "dtype", None) == "float64" and not jax.config.jax_enable_x64:
             raise ValueError("float64 on JAX needs jax.config.update('jax_enable_x64', True) first")
-    return jax.tree.map(jax.numpy.asarray, tree)
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=True), tree)
 
 
 def to_numpy(tree):

@@ -1,5 +1,7 @@
 """What a backend does, in plain NumPy. Lay it beside jax_backend.py, the same names: here stands what they mean."""
 
+import functools
+
 import numpy
 
 
@@ -10,11 +12,16 @@ def start(dtype="float32"):
 
 def asarray(tree):
     """A nest of arrays, dicts, lists and tuples: the same nest with NumPy arrays, their dtypes unchanged."""
-    if isinstance(tree, dict):
-        return {key: asarray(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(asarray(value) for value in tree)
-    return numpy.asarray(tree)
+    return map_nest(numpy.asarray, tree)
+
+
+def map_nest(f, *nests):
+    """A nest like each of `nests`, which are alike, with f(a leaf of each) at its leaves."""
+    if isinstance(nests[0], dict):
+        return {key: map_nest(f, *(nest[key] for nest in nests)) for key in nests[0]}
+    if isinstance(nests[0], (list, tuple)):
+        return type(nests[0])(map_nest(f, *parts) for parts in zip(*nests, strict=True))
+    return f(*nests)
 
 
 def to_numpy(tree):
@@ -43,25 +50,26 @@ def jit(f, donate_argnums=()):
 def vmap(f, in_axes=0):
     """f for one -> f for a batch: the arguments whose axis is 0 hold one per row, those with None serve all rows.
 
-    A loop, and the results stacked: an array, or a tuple of arrays where f returns a tuple.
+    A loop, and the results stacked. Arguments and results may be nests of arrays.
     """
 
     def batched(*args):
         axes = in_axes if isinstance(in_axes, (tuple, list)) else [in_axes] * len(args)
         if set(axes) - {0, None}:
             raise ValueError(f"in_axes {in_axes!r}: each must be 0 or None")
-        lengths = {len(arg) for arg, axis in zip(args, axes, strict=True) if axis == 0}
+        lengths, mapped = set(), [arg for arg, axis in zip(args, axes, strict=True) if axis == 0]
+        map_nest(lambda leaf: lengths.add(len(leaf)), mapped)
         if len(lengths) != 1:
             raise ValueError(
                 f"in_axes {in_axes!r} and lengths {sorted(lengths)}: one axis 0 at least, all of one length"
             )
         (n_batch,) = lengths
-        rows = [
-            f(*(arg if axis is None else arg[i] for arg, axis in zip(args, axes, strict=True))) for i in range(n_batch)
-        ]
-        if isinstance(rows[0], tuple):
-            return tuple(numpy.stack(column) for column in zip(*rows, strict=True))
-        return numpy.stack(rows)
+
+        def row(i):
+            take = functools.partial(map_nest, lambda leaf: leaf[i])
+            return (arg if axis is None else take(arg) for arg, axis in zip(args, axes, strict=True))
+
+        return map_nest(lambda *rows: numpy.stack(rows), *(f(*row(i)) for i in range(n_batch)))
 
     return batched
 

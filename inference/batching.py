@@ -12,6 +12,9 @@ import functools
 
 import numpy
 
+from backends import np
+from inference.kv_cache import map_cache
+
 
 @functools.lru_cache
 def batched(forward, backend):
@@ -22,13 +25,18 @@ def batched(forward, backend):
 def start(model, n_rows, n_tokens):
     """An empty cache for each of n_rows, of at least n_tokens."""
     cache = model.new_cache(model.params, min(model.n_ctx, model.backend.n_padded(n_tokens)))
-    return cache.__array_namespace__().stack([cache] * n_rows)
+    return repeat(cache, n_rows)
+
+
+def repeat(cache, n_rows):
+    """One text's cache -> n_rows rows of it: an axis more for each array, in front."""
+    return map_cache(lambda array: np.stack([array] * n_rows), cache)
 
 
 def read(model, tokens, cache, position):
     """kv_cache.read for a batch: a list of tokens and a position for each row."""
     longest = max(map(len, tokens))
-    n_padded = min(model.backend.n_padded(longest), cache.shape[-2] - max(position))
+    n_padded = min(model.backend.n_padded(longest), cache[0][0].shape[-2] - max(position))
     padded = numpy.zeros((len(tokens), n_padded), numpy.int32)
     for row, some in zip(padded, tokens, strict=True):
         row[: len(some)] = some

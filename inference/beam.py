@@ -38,7 +38,7 @@ def search(model, inputs, n_tokens_to_generate, num_beams, *, length_penalty=1.0
     early_stopping = True if num_beams == 1 else early_stopping
     cache = kv_cache.start(model, len(inputs) + n_tokens_to_generate)
     logits, cache = kv_cache.read(model, inputs, cache, 0)
-    logits, cache = [model.backend.to_numpy(logits)], cache.__array_namespace__().stack([cache] * num_beams)
+    logits, cache = [model.backend.to_numpy(logits)], batching.repeat(cache, num_beams)
     beams, parents, hypotheses = [([], 0.0)], [], []  # a beam: (new ids, sum of log-probabilities); all best first
     for n_new in range(1, n_tokens_to_generate + 1):
         if n_new > 1:
@@ -91,7 +91,8 @@ def advance(model, beams, parents, num_beams, cache, position):
     """(logits, cache) after the last token of each beam. The batch always has num_beams rows, so that JAX compiles one
     program; surplus rows repeat the first, and nobody looks at them."""
     surplus = num_beams - len(beams)
-    cache = cache[numpy.array(parents + parents[:1] * surplus)]  # each child goes on from its parent's
+    rows = numpy.array(parents + parents[:1] * surplus)
+    cache = kv_cache.map_cache(lambda array: array[rows], cache)  # each child goes on from its parent's
     tokens = [ids[-1:] for ids, _ in beams + beams[:1] * surplus]
     logits, cache = batching.read(model, tokens, cache, [position] * num_beams)
     return model.backend.to_numpy(logits), cache

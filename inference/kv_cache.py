@@ -3,7 +3,7 @@
 gpt2.generate sends the whole sequence through the model for each new token, though nothing changes for the earlier
 ones: no token sees a later one. All that a new token needs of them are their keys and values, so these are kept:
 
-    cache    [n_layer, 2, n_head, n_cache, d_head]: for each layer the keys, then the values, as `attention` takes them
+    cache    for each layer a pair, the keys and the values as `attention` takes them: [n_head, n_cache, d_head] each
 
 Reading the prompt at once (prefill), in pieces, or token by token (decode) is the same call, and gives the same logits:
 
@@ -39,21 +39,42 @@ class Model(NamedTuple):
 def new_cache(params, n_cache, *, n_head):
     """An empty cache for n_cache positions."""
     wpe = params["wpe"]
-    shape = (len(params["blocks"]), 2, n_head, n_cache, wpe.shape[-1] // n_head)
-    return backends.namespace_of([wpe]).zeros(shape, wpe.dtype)
+    shape = (n_head, n_cache, wpe.shape[-1] // n_head)
+    zeros = backends.namespace_of([wpe]).zeros
+    return [(zeros(shape, wpe.dtype), zeros(shape, wpe.dtype)) for _ in params["blocks"]]
 
 
-def mha(x, c_attn, c_proj, n_head, cache, layer, position):
-    """gpt2.mha for the tokens from `position` on: the keys and values of those before come from the cache."""
+def map_cache(f, cache):
+    """The same cache with f(array) for each array."""
+    return [tuple(f(array) for array in layer) for layer in cache]
+
+
+def causal_attention(q, k, v, mask):
+    """gpt2.attention under a mask that lets the last query look at all keys, each one before at one key less at least.
+    Many queries are served in four parts, and no part computes scores for keys that none of it may look at: of a square
+    mask that saves 3/8, and the parts fit into a processor's cache."""
+    n_seq, n_key = mask.shape
+    n_part = max(64, -(-n_seq // 4))
+    if n_seq <= n_part:
+        return attention(q, k, v, mask)
+    parts = []
+    for start in range(0, n_seq, n_part):
+        end = min(start + n_part, n_seq)
+        seen = n_key - n_seq + end
+        parts.append(attention(q[:, start:end], k[:, :seen], v[:, :seen], mask[start:end, :seen]))
+    return np.concatenate(parts, axis=1)
+
+
+def mha(x, c_attn, c_proj, n_head, cache, position, mask):
+    """gpt2.mha for the tokens from `position` on: the keys and values of those before come from a layer's cache.
+    Returns (x, the cache with those of x)."""
     q, k, v = np.split(linear(x, **c_attn), 3, axis=-1)  # [n_seq, n_embd] -> 3 of [n_seq, n_embd]
     q, k, v = (split_heads(part, n_head) for part in (q, k, v))  # [n_seq, n_embd] -> [n_head, n_seq, d_head]
-    cache = update(cache, np.stack([k, v])[None], (layer, 0, 0, position, 0))
-    # A position that is a number says how much of the cache is filled. A traced one does not: the mask hides the rest.
-    n_key = position + len(x) if isinstance(position, (int, numpy.integer)) else cache.shape[-2]
-    k, v = cache[layer, :, :, :n_key]  # [n_layer, 2, n_head, n_cache, d_head] -> 2 of [n_head, n_key, d_head]
-    mask = np.arange(n_key) <= (position + np.arange(len(x)))[:, None]  # -> [n_seq, n_key]
-    x = merge_heads(attention(q, k, v, mask))  # [n_head, n_seq, d_head] -> [n_seq, n_embd]
-    return linear(x, **c_proj), cache
+    keys, values = (update(old, new, (0, position, 0)) for old, new in zip(cache, (k, v), strict=True))
+    n_key = mask.shape[-1]
+    # [n_head, n_seq, d_head] -> [n_seq, n_embd]
+    x = merge_heads(causal_attention(q, keys[:, :n_key], values[:, :n_key], mask))
+    return linear(x, **c_proj), (keys, values)
 
 
 def forward(params, tokens, cache, position, last=None, *, n_head):
@@ -62,14 +83,19 @@ def forward(params, tokens, cache, position, last=None, *, n_head):
     logits are [n_seq, n_vocab], or [n_vocab] for tokens[last] alone: the others cost as much and nobody asks for them.
     The cache must have room up to position + n_seq. Under jit the position may be traced, one program for all.
     """
-    x = embed(tokens, params["wte"], params["wpe"][position + np.arange(len(tokens))])  # [n_seq] -> [n_seq, n_embd]
-    for layer, block in enumerate(params["blocks"]):
-        new, cache = mha(layer_norm(x, **block["ln_1"]), **block["attn"], n_head=n_head, cache=cache, layer=layer,
-                         position=position)  # fmt: skip
+    positions, filled = position + np.arange(len(tokens)), []
+    x = embed(tokens, params["wte"], params["wpe"][positions])  # [n_seq] -> [n_seq, n_embd]
+    # A position that is a number says how much of the cache is filled. A traced one does not: the mask hides the rest.
+    n_key = position + len(tokens) if isinstance(position, (int, numpy.integer)) else cache[0][0].shape[-2]
+    mask = np.arange(n_key) <= positions[:, None]  # -> [n_seq, n_key]
+    for block, layer in zip(params["blocks"], cache, strict=True):
+        new, layer = mha(layer_norm(x, **block["ln_1"]), **block["attn"], n_head=n_head, cache=layer,
+                         position=position, mask=mask)  # fmt: skip
+        filled.append(layer)
         x = x + new
         x = x + ffn(layer_norm(x, **block["ln_2"]), **block["mlp"])
     x = x if last is None else x[last]  # [n_seq, n_embd] -> [n_embd]
-    return unembed(layer_norm(x, **params["ln_f"]), params["wte"]), cache  # [..., n_embd] -> [..., n_vocab]
+    return unembed(layer_norm(x, **params["ln_f"]), params["wte"]), filled  # [..., n_embd] -> [..., n_vocab]
 
 
 @functools.lru_cache
@@ -96,7 +122,7 @@ def read(model, tokens, cache, position):
 
     What the padding leaves in the cache lies behind every query, and the tokens to come overwrite it.
     """
-    n_padded = min(model.backend.n_padded(len(tokens)), cache.shape[-2] - position)
+    n_padded = min(model.backend.n_padded(len(tokens)), cache[0][0].shape[-2] - position)
     padded = numpy.zeros(n_padded, numpy.int32)
     padded[: len(tokens)] = tokens
     return model.forward(model.params, padded, cache, position, len(tokens) - 1)

@@ -79,10 +79,14 @@ def test_too_much_raises_before_any_compute(golden, n_prompt, n_new, monkeypatch
 def test_numpy_writes_into_the_one_cache_and_copies_none(golden):
     params, n_head = golden["params"], golden["hparams"]["n_head"]
     cache = kv_cache.new_cache(params, 8, n_head=n_head)
-    assert cache.shape == (3, 2, 4, 8, 12)
-    assert kv_cache.forward(params, [1, 2], cache, 0, n_head=n_head)[1] is cache
-    assert np.abs(cache[..., :2, :]).min() > 0
-    assert np.abs(cache[..., 2:, :]).max() == 0
+    filled = kv_cache.forward(params, [1, 2], cache, 0, n_head=n_head)[1]
+    for layer, same in zip(cache, filled, strict=True):
+        for array, returned in zip(layer, same, strict=True):
+            assert array.shape == (4, 8, 12)
+            assert returned is array
+            assert np.abs(array[:, :2]).min() > 0
+            assert np.abs(array[:, 2:]).max() == 0
+    assert len(cache) == 3
 
 
 def test_jax_compiles_one_program_per_bucket_and_one_for_decoding(golden, monkeypatch):
@@ -98,10 +102,10 @@ def test_jax_compiles_one_program_per_bucket_and_one_for_decoding(golden, monkey
 
 
 def test_larger_models_have_a_set_of_programs_for_each_cache_size(monkeypatch):
-    """Caches have 256, 512 or 1024 positions: reading all 1024 for each token of a short text would cost more."""
+    """Caches have 256, 512 or 1024 positions: to read 1024 for each token of a short text would cost more."""
     traced, forward = [], kv_cache.forward
     monkeypatch.setattr(
-        kv_cache, "forward", lambda *a, **k: traced.append((len(a[1]), a[2].shape[-2])) or forward(*a, **k)
+        kv_cache, "forward", lambda *a, **k: traced.append((len(a[1]), a[2][0][0].shape[-2])) or forward(*a, **k)
     )
     kv_cache.compiled.cache_clear()
     params = backends.get("jax").asarray(random_params(n_ctx=1024, n_layer=1))
@@ -119,7 +123,7 @@ def test_a_chunk_at_the_end_of_the_cache_is_not_moved_back(golden):
     ids = (ids * 3)[:96]
     model = kv_cache.load(params, n_head, "jax")
     cache = kv_cache.start(model, 96)
-    assert cache.shape[-2] == 96
+    assert {array.shape[-2] for layer in cache for array in layer} == {96}
     _, cache = kv_cache.read(model, ids[:91], cache, 0)
     logits, _ = kv_cache.read(model, ids[91:], cache, 91)
     assert np.abs(np.asarray(logits) - gpt2.gpt2(ids, **params, n_head=n_head)[-1]).max() <= 2e-5
@@ -130,7 +134,7 @@ def test_the_cache_has_the_params_dtype(backend):
     params = backends.get(backend).asarray(kv_cache_params("bfloat16"))
     model = kv_cache.load(params, 2, backend)
     logits, cache = kv_cache.read(model, [1, 2, 3], kv_cache.start(model, 8), 0)
-    assert cache.dtype == logits.dtype == "bfloat16"
+    assert {array.dtype.name for array in (logits, *cache[0], *cache[1])} == {"bfloat16"}
 
 
 def kv_cache_params(dtype):
@@ -146,3 +150,16 @@ def test_a_position_that_is_traced_gives_what_a_known_one_gives(golden):
     tokens, cache = np.array(ids), kv_cache.new_cache(params, 32, n_head=n_head)
     known, _ = kv_cache.forward(params, tokens, cache, 5, n_head=n_head)
     assert np.abs(known - traced(tokens, cache, 5)[0]).max() <= 2e-5
+
+
+@pytest.mark.parametrize(("n_seq", "n_key"), [(64, 64), (65, 65), (65, 90), (100, 300), (256, 256), (301, 301)])
+def test_attention_in_parts_is_attention(n_seq, n_key):
+    """With and without keys from before, and where the mask hides some more, as with a cache that is not full."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(2, n_seq, 4)), rng.normal(size=(2, n_key, 4)), rng.normal(size=(2, n_key, 4))
+    mask = np.arange(n_key) <= np.arange(n_key - n_seq, n_key)[:, None]
+    expected = gpt2.attention(q, k, v, mask)
+    assert np.abs(kv_cache.causal_attention(q, k, v, mask) - expected).max() < 1e-14
+    further_back = np.arange(n_key) <= np.arange(n_key - n_seq, n_key)[:, None] - 3 if n_key > n_seq + 3 else mask
+    expected = gpt2.attention(q, k, v, further_back)
+    assert np.abs(kv_cache.causal_attention(q, k, v, further_back) - expected).max() < 1e-14

@@ -11,7 +11,6 @@ is the least it can take; 512 tokens at once need as many multiplications as one
 """
 
 import contextlib
-import functools
 import importlib.util
 import json as json_library
 import os
@@ -78,7 +77,6 @@ class Ours:
         self.backend, self.hparams = backends.get(backend), hparams
         self.device = self.backend.start(str(params["wte"].dtype))
         self.model = kv_cache.load(params, hparams["n_head"], backend)
-        self.forward = self.backend.jit(functools.partial(uncached, n_head=hparams["n_head"]))
 
     def decode(self, n_prompt, n=N_DECODE):
         """Seconds a token, after the first."""
@@ -90,8 +88,10 @@ class Ours:
 
     def prefill(self, n):
         """Seconds for the logits of all n tokens."""
-        ids = np.array(prompt(self.hparams, n))
-        return timed(lambda: self.backend.to_numpy(self.forward(self.model.params, ids)[-1, 0]))
+        from inference import kv_cache
+
+        ids, cache = np.array(prompt(self.hparams, n)), kv_cache.start(self.model, n)
+        return timed(lambda: self.backend.to_numpy(self.model.forward(self.model.params, ids, cache, 0)[0][-1, 0]))
 
     def batch(self, n_rows, n_prompt=10, n=8):
         """Seconds a step, in which each row gets a token."""
@@ -107,12 +107,6 @@ class Ours:
             if i < n:
                 logits, cache = batching.read(self.model, best[:, None].tolist(), cache, [n_prompt + i] * n_rows)
         return (time.perf_counter() - started) / n
-
-
-def uncached(params, ids, n_head):
-    import gpt2
-
-    return gpt2.gpt2(ids, **params, n_head=n_head)
 
 
 class Limits:
@@ -272,12 +266,8 @@ def serve(setup):
     """The other end of a Worker."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
-    if setup["folder"]:
-        _, hparams, params = utils.load_folder(Path(setup["folder"]))
-        params = checkpoint.cast(params, setup["dtype"])
-    else:
-        hparams = setup["hparams"]
-        params = random_params(hparams, setup["dtype"])
+    _, hparams, params = utils.load_folder(Path(setup["folder"]))
+    params = checkpoint.cast(params, setup["dtype"])
     served = engine(setup["name"], hparams, params)
     del params  # an engine that keeps a copy needs no second
     print(json_library.dumps(served.device), file=answers, flush=True)
@@ -412,14 +402,13 @@ def main(model_size: str = "124M", *, models_dir: str = "", against: str = "", r
         serve(json_library.loads(worker))
         return
     engines, folder, hparams = check(model_size, models_dir, against, rounds, dtype, backend, plot)
-    setup = {"hparams": hparams, "dtype": dtype, "folder": folder}
+    tasks = {name: task for name, task in TASKS.items() if task[1][0] < hparams["n_ctx"] - N_DECODE}
     with tempfile.TemporaryDirectory() as scratch:
         if not folder:
-            save_random_model(scratch, hparams)
-        cold = {e: [cold_start(folder or scratch, e) for _ in range(rounds)] for e in engines if e in backends.NAMES}
-    tasks = {name: task for name, task in TASKS.items() if task[1][0] < hparams["n_ctx"] - N_DECODE}
-    workers = [Worker(name, setup) for name in ["limits", *engines]]
-    times, compiling, peak = measure(workers, tasks, rounds, lambda: print(end=".", flush=True, file=sys.stderr))
+            save_random_model(folder := scratch, hparams)
+        cold = {e: [cold_start(folder, e) for _ in range(rounds)] for e in engines if e in backends.NAMES}
+        workers = [Worker(name, {"dtype": dtype, "folder": folder}) for name in ["limits", *engines]]
+        times, compiling, peak = measure(workers, tasks, rounds, lambda: print(end=".", flush=True, file=sys.stderr))
     summary = summarize(times, tasks)
     found = {
         "machine": machine(), "model": model_size, "dtype": dtype, "rounds": rounds,

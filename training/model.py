@@ -1,32 +1,22 @@
 """The forward pass as training wants it: gpt2.py's layers in gpt2.py's order, with dropout between them, and attention
-without the half that the causal mask hides.
+without most of what the causal mask hides.
 
-Going backward needs what was computed going forward, so what is never computed saves twice.
+Going backward takes what was computed going forward, so what is never computed saves twice.
 """
 
 import itertools
 
 import gpt2
 from backends import np
-
-N_PARTS = 4  # more of them skip more of the hidden half (3/8 with 4), but smaller products are slower
-
-
-def attention(q, k, v):
-    """gpt2.attention under a causal mask, the queries in N_PARTS: the first ones never look at the last keys, so these
-    are left out. q, k and v are [n_head, n_seq, d_head], as is what comes back."""
-    n_seq = q.shape[-2]
-    n_part = -(-n_seq // N_PARTS)
-    mask = np.tri(n_seq, dtype=bool)
-    parts = [(start, min(start + n_part, n_seq)) for start in range(0, n_seq, n_part)]
-    return np.concatenate([gpt2.attention(q[:, i:j], k[:, :j], v[:, :j], mask[i:j, :j]) for i, j in parts], axis=1)
+from inference.kv_cache import causal_attention
 
 
 def mha(x, c_attn, c_proj, n_head):
-    """gpt2.mha with the attention above."""
+    """gpt2.mha, in parts."""
     q, k, v = np.split(gpt2.linear(x, **c_attn), 3, axis=-1)  # [n_seq, n_embd] -> 3 of [n_seq, n_embd]
     q, k, v = (gpt2.split_heads(part, n_head) for part in (q, k, v))  # [n_seq, n_embd] -> [n_head, n_seq, d_head]
-    return gpt2.linear(gpt2.merge_heads(attention(q, k, v)), **c_proj)  # [n_head, n_seq, d_head] -> [n_seq, n_embd]
+    x = causal_attention(q, k, v, np.tri(len(x), dtype=bool))
+    return gpt2.linear(gpt2.merge_heads(x), **c_proj)  # [n_head, n_seq, d_head] -> [n_seq, n_embd]
 
 
 def dropout(rate, key):
