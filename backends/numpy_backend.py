@@ -80,7 +80,7 @@ def update(buffer, new, start):
     Here the buffer itself is written to, as no copy is needed then. Raises ValueError where `new` does not fit.
     """
     place = tuple(slice(i, i + n) for i, n in zip(start, new.shape, strict=True))
-    if any(part.start < 0 or part.stop > size for part, size in zip(place, buffer.shape, strict=True)):
+    if min(start) < 0 or buffer[place].shape != new.shape:
         raise ValueError(f"{list(new.shape)} numbers from {list(start)} on do not fit into {list(buffer.shape)}")
     buffer[place] = new
     return buffer

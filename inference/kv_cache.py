@@ -68,8 +68,8 @@ def causal_attention(q, k, v, mask):
 def mha(x, c_attn, c_proj, n_head, cache, position, mask):
     """gpt2.mha for the tokens from `position` on: the keys and values of those before come from a layer's cache.
     Returns (x, the cache with those of x)."""
-    q, k, v = np.split(linear(x, **c_attn), 3, axis=-1)  # [n_seq, n_embd] -> 3 of [n_seq, n_embd]
-    q, k, v = (split_heads(part, n_head) for part in (q, k, v))  # [n_seq, n_embd] -> [n_head, n_seq, d_head]
+    heads = split_heads(linear(x, **c_attn), 3 * n_head)  # [n_seq, n_embd] -> [3*n_head, n_seq, d_head]
+    q, k, v = heads.reshape(3, n_head, *heads.shape[1:])  # [3*n_head, n_seq, d_head] -> 3 of [n_head, n_seq, d_head]
     keys, values = (update(old, new, (0, position, 0)) for old, new in zip(cache, (k, v), strict=True))
     n_key = mask.shape[-1]
     # [n_head, n_seq, d_head] -> [n_seq, n_embd]

@@ -7,7 +7,7 @@ from conftest import GOLDEN
 
 import gpt2
 from inference import kv_cache
-from tools import bench
+from tools import bench, curves
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +78,25 @@ def test_mistakes_are_one_line(arguments, word, command):
 def test_a_model_folder_may_be_measured():
     engines, folder, hparams = bench.check(str(GOLDEN), "", "", 5, "float32", "numpy", "")
     assert (engines, folder, hparams["n_layer"]) == (["numpy"], str(GOLDEN), 3)
+
+
+def test_curves_measure_and_predict(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(curves, "CONTEXTS", (10,))
+    monkeypatch.setattr(curves, "BATCHES", (2,))
+    monkeypatch.setattr(curves.backends, "NAMES", ("numpy",))
+    picture = tmp_path / "curves.png"
+    status, out, _ = command("3M", "--rounds", "1", "--plot", str(picture), main=curves.main)
+    assert status == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for head in ("| tokens/s: 3M, tokens before | numpy | uncached | cached, predicted | uncached, predicted |",
+                 "| tokens/s: 3M, batch of | numpy | predicted |", "| 10 | ", "| 2 | ", "| 3M | "):  # fmt: skip
+        assert head in out
+    for arguments, words in ((["4M"], "unknown size '4M'"), (["3M", "--rounds", "0"], "--rounds 0 is out of range")):
+        status, out, err = command(*arguments, main=curves.main)
+        assert (status, out, err.count("\n"), words in err) == (2, "", 1, True)
+
+
+def test_the_arithmetic_of_the_curves():
+    """By hand: 100 weights read in 2 s; a token before adds 2 * 1 * 5 cached numbers; 256 tokens multiply in 64 s."""
+    found = curves.predicted({"B": 2.0, "F": 64.0}, {"n_layer": 1, "n_embd": 5}, 100, 10)
+    assert found == {"cached, predicted": 1 / 4.0, "uncached, predicted": 1 / 2.5}

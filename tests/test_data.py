@@ -159,6 +159,9 @@ def test_data_shorter_than_the_context(command, tmp_path):
         data.load(tmp_path / "data", n_ctx=64)
     with pytest.raises(ValueError, match=r"training\.data makes them"):
         data.load(tmp_path, n_ctx=64)
+    (tmp_path / "data" / "validation.bin").write_bytes(b"\1\0")
+    with pytest.raises(ValueError, match=r"validation\.bin has 2 bytes"):
+        data.load(tmp_path / "data", n_ctx=8)
 
 
 def test_a_missing_tokenizers_is_one_line(command, text, tmp_path, monkeypatch):

@@ -130,10 +130,10 @@ def load(folder, n_ctx):
     folder = Path(folder)
     if not all((folder / f"{name}.bin").exists() for name in PARTS):
         raise ValueError(f"{str(folder)!r} has no train.bin and validation.bin: python -m training.data makes them")
-    ids = {name: np.fromfile(folder / f"{name}.bin", "<u2", 0) for name in PARTS}
     for name in PARTS:
-        if (folder / f"{name}.bin").stat().st_size > 2:
-            ids[name] = np.memmap(folder / f"{name}.bin", "<u2", mode="r")
+        if (n_bytes := (folder / f"{name}.bin").stat().st_size) < 4:
+            raise ValueError(f"{folder / name}.bin has {n_bytes} bytes: less than a token and the one after it")
+    ids = {name: np.memmap(folder / f"{name}.bin", "<u2", mode="r") for name in PARTS}
     if len(ids["train"]) <= n_ctx:
         raise ValueError(
             f"{folder / 'train.bin'} has {len(ids['train'])} tokens, fewer than --n_ctx {n_ctx} and the one after: "
