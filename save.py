@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import MAGIC, hf_name, map_params, masked_crc32c, tf_name
+from encoder import END_OF_TEXT, get_encoder, read_json
 
 LAYOUTS = ("tf", "hf")
 
@@ -43,11 +44,26 @@ def write_text(path, text):
         part.write_text(text, encoding="utf-8")
 
 
+@contextlib.contextmanager
+def new_folder(out):
+    """Lends the name of a folder to fill. At the end it becomes `out`; after an error it is gone."""
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        os.rename(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 # ---- A model folder ----
 
 
 def save_tokenizer(source, folder, layouts=LAYOUTS):
-    """Copies the two files of a tokenizer from the folder `source`, under the names of each layout: the same bytes."""
+    """Copies the two files of a tokenizer from the folder `source`, under the names of each layout: the same bytes.
+    Raises OSError if one is missing or damaged."""
+    get_encoder(Path(source).name, Path(source).parent)
     pairs = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
     for tf, hf in pairs.items():
         data = next(Path(source, name) for name in (hf, tf) if Path(source, name).exists()).read_bytes()
@@ -61,7 +77,9 @@ def save_model(folder, hparams, params, layouts=LAYOUTS, name="model.ckpt"):
     loads at any moment. `name` is of the TensorFlow checkpoint."""
     folder = Path(folder)
     if "hf" in layouts:
-        write_text(folder / "config.json", json.dumps(hf_config(hparams), indent=1) + "\n")
+        vocab = folder / "vocab.json"
+        end_of_text = read_json(vocab).get(END_OF_TEXT) if vocab.exists() else None
+        write_text(folder / "config.json", json.dumps(hf_config(hparams, end_of_text), indent=1) + "\n")
         save_gpt2_params_to_hf(folder / "model.safetensors", params)
     if "tf" in layouts:
         write_text(folder / "hparams.json", json.dumps(hparams))
@@ -73,23 +91,16 @@ def convert(source, out, hparams, params, layout):
     ValueError for float64 params in the layout tf, which holds float32."""
     if layout == "tf" and params["wte"].dtype.itemsize > 4:
         raise ValueError(f"{source} has numbers of {params['wte'].dtype}: OpenAI's layout holds float32 alone")
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with new_folder(out) as part:
         save_tokenizer(source, part, [layout])
         save_model(part, hparams, params, [layout])
-        os.rename(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
-def hf_config(hparams):
-    """What transformers needs to know, spelled as it spells it. OpenAI's and our tokenizers end with <|endoftext|>."""
+def hf_config(hparams, end_of_text):
+    """What transformers needs to know, spelled as it spells it; end_of_text is an id, or None."""
     names = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}
-    last = hparams["n_vocab"] - 1
     fixed = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
-    fixed |= {"layer_norm_epsilon": 1e-5, "bos_token_id": last, "eos_token_id": last, "dtype": "float32"}
+    fixed |= {"layer_norm_epsilon": 1e-5, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
     return fixed | {names.get(name, name): value for name, value in hparams.items()}
 
 

@@ -31,7 +31,7 @@ def prepare(command, text, out, *flags):
 def test_ids_on_disk_are_the_text(command, text, tmp_path):
     oracle("tokenizers")
     status, out, err = prepare(command, text, tmp_path / "data", "--n_vocab", "300", "--validation", "0.25")
-    assert (status, err, out.count("\n")) == (0, "", 2)
+    assert (status, err, out.count("\n")) == (0, "", 3)
     encoder, ids = data.load(tmp_path / "data", n_ctx=8)
     documents = [document for name in data.PARTS for document in encoder.decode(ids[name]).split(END_OF_TEXT)[1:]]
     assert sorted(documents) == sorted(t.strip("\n") for t in TEXTS)
@@ -95,6 +95,13 @@ def test_one_document_is_cut_at_a_line():
     assert train + held_out == text
     assert train.endswith("\n")
     assert 0.05 < len(held_out) / len(text) < 0.1
+    (train,), (held_out,) = data.split(["word " * 200 + "\nend"], 0.1, seed=0)
+    assert len(held_out) == 100, "the next line's end is too far away"
+
+
+def test_texts_as_windows_writes_them(tmp_path):
+    (tmp_path / "text.txt").write_bytes("\ufeffOne\r\ntwo<|endoftext|>\r\nthree\r\n".encode())
+    assert data.read_documents(tmp_path / "text.txt") == ["One\ntwo", "three"]
 
 
 def test_windows_are_drawn_by_seed_and_step_from_everywhere():
@@ -124,8 +131,10 @@ def test_consecutive_windows_predict_each_id_once(n):
     ("content", "flags", "words"),
     [
         (b"", [], "holds no text"),
+        (b"\xef\xbb\xbf\r\n", [], "holds no text"),
         (b"<|endoftext|>\n\n<|endoftext|>", [], "holds no text"),
         ("Gr\xfc\xdfe".encode("latin-1"), [], "no UTF-8 text"),
+        (b"some text", ["--encoder", "{tmp}"], "vocab.bpe: No such file"),
         (b"short text, one line", ["--n_vocab", "5000"], "is more than this text can give: 2"),
         (b"x", [], "too little text to hold out"),
         (b"some text", ["--n_vocab", "256"], "out of range: 257"),
@@ -138,10 +147,11 @@ def test_consecutive_windows_predict_each_id_once(n):
 def test_bad_input_is_one_line_and_leaves_nothing(content, flags, words, command, tmp_path):
     oracle("tokenizers")
     (tmp_path / "text.txt").write_bytes(content)
+    flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     status, out, err = prepare(command, tmp_path / "text.txt", tmp_path / "data", *flags)
-    assert (status in (1, 2), out, err.count("\n")) == (True, "", 1)
+    assert (status, out, err.count("\n")) == (1 if words.startswith(("no UTF-8", "vocab.bpe")) else 2, "", 1)
     assert words in err
-    assert not (tmp_path / "data").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_what_is_there_is_not_overwritten(command, tmp_path, text):
@@ -160,7 +170,10 @@ def test_data_shorter_than_the_context(command, tmp_path):
     with pytest.raises(ValueError, match=r"training\.data makes them"):
         data.load(tmp_path, n_ctx=64)
     (tmp_path / "data" / "validation.bin").write_bytes(b"\1\0")
-    with pytest.raises(ValueError, match=r"validation\.bin has 2 bytes"):
+    with pytest.raises(OSError, match=r"validation\.bin has 2 bytes"):
+        data.load(tmp_path / "data", n_ctx=8)
+    (tmp_path / "data" / "validation.bin").write_bytes(b"\xff\xff\0\0")
+    with pytest.raises(OSError, match="id 65535 is outside"):
         data.load(tmp_path / "data", n_ctx=8)
 
 

@@ -109,6 +109,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, words, command, tmp
 
 def test_config_json_says_what_transformers_needs(tmp_path):
     save.save_model(tmp_path, SMALL, random_params(**SMALL))
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] is None, "no tokenizer, no id"
+    save.save_tokenizer(utils.MODELS_DIR / "3M", tmp_path)
+    save.save_model(tmp_path, SMALL, random_params(**SMALL))
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["vocab_size"], config["n_positions"], config["eos_token_id"]) == (300, 8, 299)
+    assert (config["vocab_size"], config["n_positions"], config["eos_token_id"]) == (300, 8, 2047)
     assert config["activation_function"] == "gelu_new"

@@ -18,11 +18,12 @@ import utils
 from training import data, saves, train
 from training.loss import lm_loss
 
-oracle("jax")
+jax = oracle("jax")
 oracle("optax")
 
 TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--n_ctx", "16", "--batch_size", "4", "--warmup", "2"]
-TINY += ["--eval_every", "3", "--n_steps", "9", "--learning_rate", "0.01"]
+TINY += ["--eval_every", "3", "--n_steps", "9", "--learning_rate", "0.01", "--dropout", "0.2"]
+TINY += ["--weight_decay", "0.3", "--beta2", "0.95", "--clip", "0.3", "--seed", "5"]
 TEXT = "<|endoftext|>".join(f"Tom has {n} red balls. He gives one ball to Ann. Now Tom has less.\n" for n in range(60))
 
 
@@ -43,7 +44,7 @@ def whole(ids, tmp_path_factory):
         flag.removeprefix("--"): float(n) if "." in n else int(n) for flag, n in zip(TINY[::2], TINY[1::2], strict=True)
     }
     with contextlib.redirect_stdout(said):
-        train.main(str(ids), out=str(folder), dropout=0.2, **flags)
+        train.main(str(ids), out=str(folder), **flags)
     return folder, said.getvalue()
 
 
@@ -87,6 +88,22 @@ def test_from_text_to_a_model_that_writes(whole, command):
     assert last < first - 0.5
 
 
+def test_the_flags_reach_the_step(whole, ids):
+    """The same run from its parts, each given what the flags say: losses equal to the bit."""
+    library = train.step_library()
+    _, tokens = data.load(ids, 16)
+    optimizer = library.make_optimizer(library.learning_rate(0.01, 2, 9), weight_decay=0.3, beta2=0.95, clip=0.3)
+    step = library.make_step(optimizer, 2, 4, dropout_rate=0.2, dtype="float32")
+    hparams = {"n_vocab": 512, "n_ctx": 16, "n_embd": 16, "n_head": 2, "n_layer": 1}
+    params = jax.tree.map(jax.numpy.array, library.init_params(hparams, seed=5))
+    state, expected = (params, optimizer.init(params)), []
+    for i in range(9):
+        batch = data.draw(tokens["train"], 16, 4, seed=5, step=i)
+        state, loss = step(state, batch, jax.random.fold_in(jax.random.key(5), i))
+        expected.append(float(loss))
+    assert [loss for _, loss, _ in losses(whole[0]) if loss is not None] == expected
+
+
 def test_both_layouts_hold_the_same_model(whole):
     folder = whole[0]
     hf = utils.load_gpt2_params_from_hf(folder / "model.safetensors", utils.read_hparams(folder))
@@ -108,11 +125,11 @@ def test_a_resumed_run_is_the_same_to_the_bit(stopped_at, whole, start, tmp_path
         return take_step(run)
 
     monkeypatch.setattr(train.Run, "take_step", interrupted)
-    assert start("--dropout", "0.2")[0] == 130
+    assert start()[0] == 130
     monkeypatch.setattr(train.Run, "take_step", take_step)
     with open(tmp_path / "run" / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 5, "lo')  # as a kill might leave it
-    assert start("--dropout", "0.2", "--resume")[0] == 0
+    assert start("--resume")[0] == 0
     assert losses(tmp_path / "run") == losses(whole[0])
     resumed = params_of(tmp_path / "run")
     assert all(np.array_equal(array, resumed[path]) for path, array in params_of(whole[0]).items())
@@ -147,19 +164,19 @@ def test_kill_9_at_twenty_moments(tmp_path):
         leaves, counters = saves.load_run(tmp_path)
         assert counters["step"] in (reported, reported + 1)
         assert (leaves[0] == counters["step"]).all()
-        params = utils.load_encoder_hparams_and_params(str(tmp_path))[2]
-        assert {int(array.min()) for array in (params["wte"], params["ln_f"]["b"])} <= {reported, reported + 1}
+        numbers = {number for array in params_of(tmp_path).values() for number in (array.min(), array.max())}
+        assert len(numbers) == 1, "of one step, all of them"
+        assert numbers <= {reported, reported + 1}
         step = counters["step"] + 1
 
 
 def test_a_full_disk_is_one_line_and_the_last_save_stays(start, tmp_path, ids):
     """A limit on the size of files stands in for the disk: the params fit below it, the optimizer's state does not."""
-    resource = pytest.importorskip("resource")
+    pytest.importorskip("resource")
     start("--n_steps", "3")
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
     code += "import cli; from training import train; cli.run(train.main, 'train')"
     arguments = [sys.executable, "-c", code, str(ids), "--out", str(tmp_path / "run"), *TINY, "--n_steps", "3"]
-    assert resource
     saved = saves.saved_steps(tmp_path / "run")
     os.unlink(tmp_path / "run" / "training-3.npz")  # so that there is something left to do
     done = subprocess.run([*arguments, "--resume"], cwd=ROOT, capture_output=True, text=True)
@@ -177,8 +194,8 @@ def test_a_loss_that_is_no_number_stops_the_run(start, tmp_path):
     line = err.splitlines()[-1]
     assert "loss is" in line
     assert "at step" in line
-    assert "try a --learning_rate below 1e+30" in line
-    assert "as it was saved at step 0" in line
+    assert "with another --out and a --learning_rate below 1e+30" in line
+    assert "stays as of step 0" in line
     assert all(np.isfinite(array).all() for array in params_of(tmp_path / "run").values())
 
 
@@ -218,6 +235,8 @@ def test_going_on_from_a_model(command, ids, tmp_path, golden):
         (["--dtype", "float16"], "choose float32 or bfloat16"),
         (["--backend", "numpy"], "gradients need the jax backend"),
         (["--init_from", "3M"], "--n_layer has no effect: --init_from decides"),
+        (["--seed", "99999999999999999999"], "--seed 99999999999999999999 is out of range: 0 to 4294967295"),
+        (["--rows_at_once", "0"], "--rows_at_once 0 does not divide"),
         (["--resume"], "has no run to resume"),
         (["--steps", "3"], "unknown flag --steps"),
     ],
@@ -230,6 +249,45 @@ def test_bad_input_is_one_line_and_leaves_nothing(flags, words, start, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+def test_going_on_with_a_shorter_context(command, ids, tmp_path):
+    flags = ["--init_from", str(GOLDEN), "--n_steps", "1", "--batch_size", "2"]
+    assert command(str(ids), "--out", str(tmp_path / "run"), *flags, "--n_ctx", "8", main=train.main)[0] == 0
+    assert utils.read_hparams(tmp_path / "run")["n_ctx"] == 8
+    status, _, err = command(str(ids), "--out", str(tmp_path / "new"), *flags, "--n_ctx", "97", main=train.main)
+    assert (status, "--n_ctx 97 is more than" in err) == (2, True)
+
+
+def test_other_data_of_the_same_length_is_noticed(whole, ids, start, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    shutil.copytree(ids, tmp_path / "ids")
+    shuffled = np.sort(np.fromfile(ids / "train.bin", "<u2"))
+    shuffled.tofile(tmp_path / "ids" / "train.bin")
+    status, _, err = start("--resume", folder=tmp_path / "ids")
+    assert (status, "checksum of train.bin" in err) == (2, True)
+
+
+def test_too_little_memory_names_the_flag(start, monkeypatch):
+    def full(run):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
+
+    monkeypatch.setattr(train.Run, "begin", full)
+    status, _, err = start()
+    assert (status, err.splitlines()[-1][:18]) == (1, "not enough memory:")
+    assert "--rows_at_once" in err
+
+
+def test_a_full_disk_met_by_the_metrics(start, tmp_path, monkeypatch):
+    def full(run, line):
+        run.folder = tmp_path / "nowhere"
+        return log(run, line)
+
+    log = train.Run.log
+    monkeypatch.setattr(train.Run, "log", full)
+    status, _, err = start()
+    assert status == 1
+    assert "metrics.jsonl: No such file or directory; what was saved before still is" in err.splitlines()[-1]
+
+
 def test_another_tokenizer_than_the_models(command, ids, tmp_path):
     arguments = [str(ids), "--out", str(tmp_path / "run"), "--init_from", "3M"]
     status, _, err = command(*arguments, main=train.main)
@@ -240,17 +298,17 @@ def test_another_tokenizer_than_the_models(command, ids, tmp_path):
 def test_resuming_with_other_settings_and_starting_over(whole, start, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
     for flags, words in [
-        (["--n_embd", "8"], "this run had n_embd 16, not 8"),
-        (["--seed", "1"], "this run had seed 0, not 1"),
+        (["--n_embd", "8"], "this run had n_embd 16, not 8: resume"),
+        (["--seed", "1", "--n_ctx", "8"], "this run had seed 5, not 1; n_ctx 16, not 8: resume it"),
         (["--dropout", "0.3"], "this run had dropout 0.2, not 0.3"),
     ]:
-        status, _, err = start("--dropout", "0.2", *flags, "--resume")
+        status, _, err = start(*flags, "--resume")
         assert (status, words in err) == (2, True)
-    status, _, err = start("--dropout", "0.2")
+    status, _, err = start()
     assert (status, "--resume goes on with its run" in err) == (2, True)
     assert losses(tmp_path / "run") == losses(whole[0])
     (tmp_path / "run" / "training-9.npz").write_bytes(b"PK\x03\x04 no zip")
-    status, _, err = start("--dropout", "0.2", "--resume")
+    status, _, err = start("--resume")
     assert (status, "training-9.npz: no saved run, or a damaged one" in err) == (1, True)
 
 

@@ -10,6 +10,7 @@ one and starts the next, and a model that is asked to begin with it begins a doc
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 import cli
 import utils
 from encoder import END_OF_TEXT, SPELL, get_encoder, read_text
-from save import replacing, save_tokenizer, write_text
+from save import new_folder, replacing, save_tokenizer, write_text
 
 PARTS = ("train", "validation")
 
@@ -42,7 +43,9 @@ def main(text: str = "", *, out: str = "data/mine", n_vocab: int | None = None, 
         raise ValueError(f"{out} is there already: delete it, or name another folder with --out")
     parts = dict(zip(PARTS, split(read_documents(Path(text)), validation, seed), strict=True))
     tokenizer = utils.find_model(encoder) if encoder else learn(parts["train"], 2048 if n_vocab is None else n_vocab)
-    write(out, parts, tokenizer)
+    with new_folder(out) as folder:
+        write(folder, parts, tokenizer)
+    print(out)
 
 
 def read_documents(path):
@@ -50,19 +53,21 @@ def read_documents(path):
     if not path.exists() or path == Path():
         raise ValueError(f"no file or folder {str(path)!r}: name a text to train on")
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    documents = [document.strip("\r\n") for file in files for document in read_text(file).split(END_OF_TEXT)]
+    # As Windows writes it, a text may begin with a mark and end its lines with two characters.
+    texts = [read_text(file).removeprefix("\ufeff").replace("\r\n", "\n") for file in files]
+    documents = [document.strip("\n") for text in texts for document in text.split(END_OF_TEXT)]
     if not (documents := [document for document in documents if document.strip()]):
         raise ValueError(f"{path}: {'holds no text' if files else 'has no file that ends in .txt'}")
     return documents
 
 
 def split(documents, share, seed):
-    """(training, validation): whole documents, drawn by the seed. One document alone is cut in two, near a line's end.
-    Raises ValueError if either would be empty."""
+    """(training, validation): whole documents, drawn by the seed. One document alone is cut in two, at a line's end if
+    one is near. Raises ValueError if either would be empty."""
     if len(documents) == 1:
         text, cut = documents[0], round(len(documents[0]) * (1 - share))
-        cut = text.find("\n", cut) + 1 or cut
-        parts = [text[:cut]], [text[cut:]]
+        cut = text.find("\n", cut, (cut + len(text)) // 2) + 1 or cut
+        parts = [[text[:cut]], [text[cut:]]]
     else:
         n_held_out = max(1, round(len(documents) * share))
         order = np.random.default_rng(seed).permutation(len(documents))
@@ -100,20 +105,23 @@ def learn(documents, n_vocab):
 
 
 def write(out, parts, tokenizer):
-    """Makes the folder `out`: `tokenizer` is what `learn` returned, or a folder. The ids get their names last."""
-    out.mkdir(parents=True)
+    """Fills the folder `out`; `tokenizer` is what `learn` returned, or a folder."""
     if isinstance(tokenizer, Path):
         save_tokenizer(tokenizer, out, ["tf"])
     else:
         write_text(out / "encoder.json", tokenizer[0])
         write_text(out / "vocab.bpe", tokenizer[1])
     encoder = get_encoder(out.name, out.parent)
+    if len(encoder.ids) > 65536:
+        raise ValueError(f"{tokenizer} has {len(encoder.ids)} tokens: two bytes an id are enough for 65536")
+    if encoder.end_of_text is None:
+        print(f"this tokenizer has no {END_OF_TEXT}: nothing will stand between documents", file=sys.stderr)
     for name, documents in parts.items():
         ids = tokenize(documents, encoder)
         with replacing(out / f"{name}.bin") as part:
             part.write_bytes(np.asarray(ids, "<u2").tobytes())
         n_bytes = sum(len(document.encode("utf-8", "replace")) for document in documents)
-        print(f"{out / f'{name}.bin'}: {len(documents):,} documents, {n_bytes:,} bytes, {len(ids):,} tokens")
+        print(f"{name}.bin: {len(documents):,} documents, {n_bytes:,} bytes, {len(ids):,} tokens")
 
 
 def tokenize(documents, encoder):
@@ -131,15 +139,18 @@ def load(folder, n_ctx):
     if not all((folder / f"{name}.bin").exists() for name in PARTS):
         raise ValueError(f"{str(folder)!r} has no train.bin and validation.bin: python -m training.data makes them")
     for name in PARTS:
-        if (n_bytes := (folder / f"{name}.bin").stat().st_size) < 4:
-            raise ValueError(f"{folder / name}.bin has {n_bytes} bytes: less than a token and the one after it")
+        if (n_bytes := (folder / f"{name}.bin").stat().st_size) < 4 or n_bytes % 2:
+            raise OSError(f"{folder / name}.bin has {n_bytes} bytes: two for each token, and two tokens, are the least")
     ids = {name: np.memmap(folder / f"{name}.bin", "<u2", mode="r") for name in PARTS}
+    encoder = get_encoder(folder.name, folder.parent)
+    if (largest := max(int(part.max()) for part in ids.values())) >= len(encoder.ids):
+        raise OSError(f"{folder}: id {largest} is outside its tokenizer's vocabulary of {len(encoder.ids)}")
     if len(ids["train"]) <= n_ctx:
         raise ValueError(
             f"{folder / 'train.bin'} has {len(ids['train'])} tokens, fewer than --n_ctx {n_ctx} and the one after: "
             f"--n_ctx {max(len(ids['train']) - 1, 0)} at most, or more text"
         )
-    return get_encoder(folder.name, folder.parent), ids
+    return encoder, ids
 
 
 def draw(ids, n_ctx, n_rows, seed, step):
@@ -150,8 +161,8 @@ def draw(ids, n_ctx, n_rows, seed, step):
 
 
 def consecutive(ids, n_ctx, n_most):
-    """The text once through, or n_most windows spread over it: [n_rows, n_ctx + 1], each beginning with the id that the
-    one before ended with, so that every id but the first is predicted once. A short text is one short window."""
+    """Windows side by side, [n_rows, n_ctx + 1], each beginning with the id that the one before ended with: no id is
+    predicted twice. As many as fit into the text, or n_most spread over it. A short text is one short window."""
     n_ctx = min(n_ctx, len(ids) - 1)
     starts = np.arange(0, len(ids) - n_ctx, n_ctx)
     starts = starts[np.linspace(0, len(starts) - 1, min(len(starts), n_most)).astype(int)]

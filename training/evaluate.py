@@ -13,6 +13,7 @@ Jelinek et al. 1977 (perplexity); Graves 2013, "Generating Sequences With Recurr
 import functools
 import json as json_library
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def main(model: str = "", text: str = "", *, stride: int | None = None, backend:
         models_dir: where the folders of models are; left out: models/
         json: print one JSON object
     """
-    backends.get(backend).start(dtype)
+    device = backends.get(backend).start(dtype)
     checkpoint.find_dtype(dtype)
     documents = data.read_documents(Path(text))
     encoder, hparams, params = utils.load_encoder_hparams_and_params(model, models_dir)
@@ -49,6 +50,8 @@ def main(model: str = "", text: str = "", *, stride: int | None = None, backend:
     ids = data.tokenize(documents, encoder)
     if len(ids) < 2:
         raise ValueError(f"{text}: {len(ids)} token is too short: the first one is not predicted")
+    if backend != "numpy":
+        print(device, file=sys.stderr)
     nats = total_loss(checkpoint.cast(params, dtype), ids, hparams["n_ctx"], stride, hparams["n_head"], backend)
     found = report(nats, ids, encoder, stride)
     print(json_library.dumps(found) if json else table(found))

@@ -10,11 +10,10 @@ import contextlib
 import importlib
 import json
 import math
-import os
-import shutil
 import statistics
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,12 +22,12 @@ import cli
 import utils
 from inference import kv_cache, sampling
 from inference.stream import Row, stream
-from save import replacing, save_tokenizer
+from save import new_folder, replacing, save_tokenizer
 from training import data, saves
 
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 192, "n_ctx": 256}
-FREE = ("data", "out", "patience", "resume")  # what a resumed run may change
-N_WINDOWS = 256  # of each part of the data, for an evaluation
+FREE = ("data", "out", "patience", "resume", *SIZES)  # as flags; the sizes are compared as they turned out
+N_EVALUATED = 65_536  # tokens of each part of the data, for an evaluation
 
 
 # fmt: off
@@ -44,17 +43,17 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
     Args:
         data: the folder with train.bin and validation.bin
         out: the model folder to make
-        n_layer: blocks; left out: 6, or as in --init_from, like the next three
+        n_layer: blocks; left out: 6, or as in --init_from, like the next two
         n_head: attention heads, which share n_embd; left out: 6
         n_embd: numbers that stand for one token; left out: 192
-        n_ctx: tokens that the model can see; left out: 256
+        n_ctx: tokens that the model can see; left out: 256; beside --init_from, at most as many as that model
         init_from: go on from this model, with its sizes and its tokenizer; left out: start from random numbers
         n_steps: how often to change the parameters
         batch_size: windows of n_ctx tokens for one step
-        rows_at_once: go through the model together, a divisor of batch_size; left out: 4 on a CPU, else all
+        rows_at_once: go through the model together, a divisor of batch_size; left out: up to 4 on a CPU, else all
         learning_rate: the peak; it rises to it during the warm-up and falls to a twentieth along a cosine
         warmup: steps
-        beta2: how slowly AdamW forgets squared gradients, 0.9 to 0.999
+        beta2: how slowly AdamW forgets squared gradients, 0 to less than 1; 0.95 to 0.999 is usual
         weight_decay: how much a matrix is pulled towards 0, times the learning rate
         clip: the norm that a gradient may have
         dropout: the share of activations to leave out while training, 0 to less than 1
@@ -68,12 +67,17 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
     settings = SimpleNamespace(**locals())
     check(settings)
     print(backends.get(backend).start(dtype), file=sys.stderr)
-    run = Run(settings)
-    if resume:
-        run.resume()
-    else:
-        run.begin()
-    run.train()
+    try:
+        run = Run(settings)
+        if resume:
+            run.resume()
+        else:
+            run.begin()
+        run.train()
+    except RuntimeError as error:  # JAX's
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError("try a smaller --rows_at_once (the same result), --n_ctx or --n_embd") from None
 
 
 def check(settings):
@@ -102,7 +106,9 @@ def faults(s):
     yield n_embd % n_head, f"--n_embd {n_embd} cannot be shared among --n_head {n_head} heads: choose a multiple"
     uneven = s.rows_at_once is not None and (s.rows_at_once == 0 or s.batch_size % s.rows_at_once)
     yield uneven, f"--rows_at_once {s.rows_at_once} does not divide --batch_size {s.batch_size}"
-    yield s.init_from and sizes, f"--{''.join(sizes[:1])} has no effect: --init_from decides the sizes"
+    fixed = [name for name in sizes if name != "n_ctx"]
+    yield s.init_from and fixed, f"--{''.join(fixed[:1])} has no effect: --init_from decides"
+    yield s.seed >= 2**32, f"--seed {s.seed} is out of range: 0 to {2**32 - 1}"
 
 
 def starting_point(s):
@@ -110,8 +116,12 @@ def starting_point(s):
     model to go on from."""
     sizes = {name: getattr(s, name) or default for name, default in SIZES.items()}
     if s.init_from:
-        known, hparams, params = utils.load_model(s.init_from)
-        encoder, ids = data.load(s.data, hparams["n_ctx"])
+        known, hparams, params = utils.load_encoder_hparams_and_params(s.init_from)
+        n_ctx = hparams["n_ctx"] if s.n_ctx is None else s.n_ctx
+        if n_ctx > hparams["n_ctx"]:
+            raise ValueError(f"--n_ctx {n_ctx} is more than {s.init_from} has positions for: {hparams['n_ctx']}")
+        hparams, params = hparams | {"n_ctx": n_ctx}, params | {"wpe": params["wpe"][:n_ctx]}
+        encoder, ids = data.load(s.data, n_ctx)
         if (known.ids, known.ranks) != (encoder.ids, encoder.ranks):
             raise ValueError(f"{s.data} has other token ids than {s.init_from}: make it with --encoder {s.init_from}")
         return encoder, ids, hparams, params
@@ -144,9 +154,10 @@ class Run:
         self.n_rows = s.rows_at_once or (math.gcd(s.batch_size, 4) if jax.default_backend() == "cpu" else s.batch_size)
         self.step = library.make_step(optimizer, self.hparams["n_head"], self.n_rows, s.dropout, s.dtype)
         self.key, self.seconds = jax.random.key(s.seed), []
-        self.windows = {name: data.consecutive(ids, self.hparams["n_ctx"], N_WINDOWS) for name, ids in self.ids.items()}
-        fixed = {name: value for name, value in vars(s).items() if name not in FREE}
-        fixed |= {f"tokens in {name}.bin": len(ids) for name, ids in self.ids.items()}
+        n_ctx = self.hparams["n_ctx"]
+        self.windows = {n: data.consecutive(ids, n_ctx, max(1, N_EVALUATED // n_ctx)) for n, ids in self.ids.items()}
+        fixed = {name: value for name, value in vars(s).items() if name not in FREE} | self.hparams
+        fixed |= {"rows_at_once": self.n_rows} | {f"checksum of {n}.bin": zlib.crc32(i) for n, i in self.ids.items()}
         self.counters = {"step": 0, "best": math.inf, "best_step": 0, "n_worse": 0, "settings": fixed}
 
     def begin(self):
@@ -154,12 +165,10 @@ class Run:
         if self.folder.exists():
             hint = "--resume goes on with its run" if saves.saved_steps(self.folder) else "delete it"
             raise ValueError(f"{self.folder} is there already: {hint}, or name another folder with --out")
-        final, self.folder = self.folder, Path(f"{self.folder}.part")
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        save_tokenizer(self.settings.data, self.folder)
-        self.evaluate()
-        os.rename(self.folder, final)
+        final = self.folder
+        with new_folder(final) as self.folder:
+            save_tokenizer(self.settings.data, self.folder)
+            self.evaluate()
         self.folder = final
 
     def resume(self):
@@ -168,9 +177,8 @@ class Run:
 
         leaves, counters = saves.load_run(self.folder)
         then, now = counters["settings"], self.counters["settings"]
-        if other := [name for name in now if then.get(name) != now[name]]:
-            name = other[0]
-            raise ValueError(f"this run had {name} {then.get(name)}, not {now[name]}: resume it with the flags it had")
+        if other := [f"{name} {then.get(name)}, not {now[name]}" for name in now if then.get(name) != now[name]]:
+            raise ValueError(f"this run had {'; '.join(other)}: resume it with the flags and data that it had")
         self.counters = counters
         self.state = jax.tree.unflatten(jax.tree.structure(self.state), map(jax.numpy.array, leaves))
         saves.rewind_metrics(self.folder, counters["step"])
@@ -207,23 +215,30 @@ class Run:
         return loss
 
     def require_number(self, loss, name):
+        """Raises ValueError if a loss is none."""
+        if not math.isfinite(loss) and not (saved := saves.saved_steps(self.folder)):
+            raise ValueError(f"the {name} is {loss} before the first step: the model to start from is broken")
         if not math.isfinite(loss):
-            saved = saves.saved_steps(self.folder)
             raise ValueError(
-                f"the {name} is {loss} at step {self.counters['step']}: try a --learning_rate below "
-                f"{self.settings.learning_rate:g}; {self.folder} is as it was saved at step {saved[-1] if saved else 0}"
+                f"the {name} is {loss} at step {self.counters['step']}: start again with another --out and a "
+                f"--learning_rate below {self.settings.learning_rate:g}; {self.folder} stays as of step {saved[-1]}"
             )
 
     def log(self, line):
         n_tokens = self.counters["step"] * self.settings.batch_size * self.hparams["n_ctx"]
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.counters["step"], "tokens": n_tokens, **line}) + "\n")
+        path, line = self.folder / "metrics.jsonl", {"step": self.counters["step"], "tokens": n_tokens, **line}
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror}; what was saved before still is") from None
 
     def evaluate(self):
         """Both losses, without dropout, and a sample; saves the run, and the model if it is the best so far."""
         counters, params, n_head = self.counters, self.state[0], self.hparams["n_head"]
         losses = {name: self.library.mean_loss(params, self.windows[name], n_head, self.n_rows) for name in data.PARTS}
-        self.require_number(losses["validation"], "validation loss")
+        for name, loss in losses.items():
+            self.require_number(loss, f"loss on {name}.bin")
         self.log(losses)
         counters["n_worse"] += 1
         if losses["validation"] < counters["best"]:
@@ -234,7 +249,7 @@ class Run:
         pace = self.settings.batch_size * self.hparams["n_ctx"] / statistics.median(self.seconds or [math.inf])
         self.seconds.clear()
         print(f"step {counters['step']:5}  train {losses['train']:.4f}  validation {losses['validation']:.4f}"
-              f"  {pace:,.0f} tokens/s\n       | {self.sample()}", flush=True)  # fmt: skip
+              f"{f'  {pace:,.0f} tokens/s' if pace else ''}\n       | {self.sample()}", flush=True)  # fmt: skip
 
     def to_numpy(self, tree):
         return backends.get(self.settings.backend).to_numpy(tree)
@@ -245,16 +260,16 @@ class Run:
         return self.to_numpy(jax.tree.leaves(self.state))
 
     def draw(self):
-        """loss.png, where there is matplotlib to draw it."""
-        with contextlib.suppress(ModuleNotFoundError), replacing(self.folder / "loss.png") as part:
+        """loss.png, where there is matplotlib to draw it, and room; a picture is no reason to stop."""
+        with contextlib.suppress(ModuleNotFoundError, OSError), replacing(self.folder / "loss.png") as part:
             saves.draw_losses(self.folder, part)
 
     def sample(self):
         """What the model writes of its own accord, at temperature 0.8."""
         params = self.to_numpy(self.state[0])
-        start = [0 if self.encoder.end_of_text is None else self.encoder.end_of_text]
-        n = min(40, self.hparams["n_ctx"] - 1)
-        row = Row(self.encoder, start, n, sampling.Settings(temperature=0.8), end_ids=start, seed=self.settings.seed)
+        end_ids = [] if self.encoder.end_of_text is None else [self.encoder.end_of_text]
+        start, n = end_ids or [0], min(40, self.hparams["n_ctx"] - 1)
+        row = Row(self.encoder, start, n, sampling.Settings(temperature=0.8), end_ids=end_ids, seed=self.settings.seed)
         text = "".join(stream(kv_cache.load(params, self.hparams["n_head"]), row))
         return " ".join(text.split())
 
