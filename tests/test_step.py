@@ -115,12 +115,13 @@ def reference_training(params, batches, peak, n_warmup, decay, beta2, clip, n_he
         # A key's bias adds the same to all scores of a query, so its gradient is 0. AdamW would make much of 1e-12.
         return np.where(np.abs(result) < 1e-9, 0, result)
 
-    arrays, losses = leaves(params), []
+    arrays, losses, norms = leaves(params), [], []
     m, v = ({path: np.zeros_like(a) for path, a in arrays.items()} for _ in range(2))
     for i, batch in enumerate(batches):
         losses.append(mean_loss(batch))
         gradients = {path: gradient(array, batch) for path, array in arrays.items()}
         norm = math.sqrt(sum((g**2).sum() for g in gradients.values()))
+        norms.append(norm)
         for path, array in arrays.items():
             g = gradients[path] * min(1, clip / norm)
             m[path] = 0.9 * m[path] + 0.1 * g
@@ -128,15 +129,15 @@ def reference_training(params, batches, peak, n_warmup, decay, beta2, clip, n_he
             direction = m[path] / (1 - 0.9 ** (i + 1)) / (np.sqrt(v[path] / (1 - beta2 ** (i + 1))) + 1e-8)
             rate = reference_rate(i, peak, n_warmup, len(batches))
             array -= rate * (direction + (decay * array if array.ndim > 1 else 0))
+    assert min(norms) < clip < max(norms)
     return arrays, losses
 
 
-@pytest.mark.parametrize("clip", [0.5, 1e9])
-def test_ten_steps_equal_the_papers(clip, x64):
-    """Clipped each time, or never."""
+def test_ten_steps_equal_the_papers(x64):
+    """Some of them clipped."""
     params = cast(random_params(**TINY), "float64")
     batches = np.random.default_rng(1).integers(0, 5, (10, 2, 5))
-    peak, n_warmup, decay, beta2 = 0.02, 3, 0.1, 0.99
+    peak, n_warmup, decay, beta2, clip = 0.02, 3, 0.1, 0.99, 5.0
     optimizer = library.make_optimizer(library.learning_rate(peak, n_warmup, 10), decay, beta2, clip)
     found, losses = train(params, batches, optimizer, TINY["n_head"], dtype="float64")
     expected, expected_losses = reference_training(params, batches, peak, n_warmup, decay, beta2, clip, TINY["n_head"])
@@ -167,14 +168,13 @@ def test_one_batch_is_learned_by_heart():
 
 
 def test_bfloat16_has_float32_masters():
-    batches = np.random.default_rng(0).integers(0, 17, (3, 4, 9))
-    optimizer = library.make_optimizer(1e-3, 0.1, 0.99, 1.0)
-    params = library.init_params(SMALL, 0)
-    found, losses = train(params, batches, optimizer, 2, dtype="bfloat16")
-    _, exact = train(params, batches, optimizer, 2)
+    batch = np.random.default_rng(0).integers(0, 5, (2, 5))
+    params = random_params(**TINY)
+    found, losses = train(params, [batch], library.make_optimizer(1e-3, 0.1, 0.99, 1.0), 2, dtype="bfloat16")
+    exact = np.mean([loss.lm_loss(params, row, 2) for row in batch])
     assert {array.dtype.name for array in leaves(found).values()} == {"float32"}
-    assert losses != exact
-    assert losses == pytest.approx(exact, rel=0.02)
+    assert losses != [pytest.approx(exact, rel=1e-5)]
+    assert losses == [pytest.approx(exact, rel=0.02)]
 
 
 @pytest.mark.parametrize("n_windows", [1, 3, 4, 6])

@@ -170,20 +170,19 @@ def test_kill_9_at_twenty_moments(tmp_path):
         step = counters["step"] + 1
 
 
-def test_a_full_disk_is_one_line_and_the_last_save_stays(start, tmp_path, ids):
+def test_a_full_disk_is_one_line_and_the_last_save_stays(whole, tmp_path, ids):
     """A limit on the size of files stands in for the disk: the params fit below it, the optimizer's state does not."""
     pytest.importorskip("resource")
-    start("--n_steps", "3")
+    shutil.copytree(whole[0], tmp_path / "run")
+    os.unlink(tmp_path / "run" / "training-9.npz")  # so that there is something left to do
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
     code += "import cli; from training import train; cli.run(train.main, 'train')"
-    arguments = [sys.executable, "-c", code, str(ids), "--out", str(tmp_path / "run"), *TINY, "--n_steps", "3"]
-    saved = saves.saved_steps(tmp_path / "run")
-    os.unlink(tmp_path / "run" / "training-3.npz")  # so that there is something left to do
+    arguments = [sys.executable, "-c", code, str(ids), "--out", str(tmp_path / "run"), *TINY]
     done = subprocess.run([*arguments, "--resume"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "cannot write" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    assert saves.saved_steps(tmp_path / "run") == saved[:1]
+    assert saves.saved_steps(tmp_path / "run") == [6]
     assert params_of(tmp_path / "run")
     assert not list((tmp_path / "run").glob("*.part"))
 
@@ -212,15 +211,17 @@ def test_patience_ends_a_run_that_learns_by_heart_and_keeps_the_best(start, tmp_
 
 
 def test_going_on_from_a_model(command, ids, tmp_path, golden):
-    """Its first validation loss is that model's own."""
+    """Its first validation loss is that model's own, for the context that it is to have."""
     flags = ["--init_from", str(GOLDEN), "--n_steps", "1", "--batch_size", "2", "--eval_every", "1"]
-    assert command(str(ids), "--out", str(tmp_path / "run"), *flags, main=train.main)[0] == 0
-    windows = data.consecutive(data.load(ids, 96)[1]["validation"], 96, 256)
+    assert command(str(ids), "--out", str(tmp_path / "run"), *flags, "--n_ctx", "20", main=train.main)[0] == 0
+    windows = data.consecutive(data.load(ids, 20)[1]["validation"], 20, 256)
     expected = [lm_loss(golden["params"], row, golden["hparams"]["n_head"]) for row in windows]
     assert losses(tmp_path / "run")[0][2] == pytest.approx(np.mean(expected), rel=1e-5)
     assert losses(tmp_path / "run")[2][2] != losses(tmp_path / "run")[0][2]
     encoder, hparams, _ = utils.load_encoder_hparams_and_params(str(tmp_path / "run"))
-    assert (encoder.ids, hparams) == (golden["encoder"].ids, golden["hparams"])
+    assert (encoder.ids, hparams) == (golden["encoder"].ids, golden["hparams"] | {"n_ctx": 20})
+    status, _, err = command(str(ids), "--out", str(tmp_path / "new"), *flags, "--n_ctx", "97", main=train.main)
+    assert (status, "--n_ctx 97 is more than" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -247,14 +248,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(flags, words, start, tmp_path)
     assert err.count("\n") <= 2, "the device, and the mistake"
     assert words in err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
-
-
-def test_going_on_with_a_shorter_context(command, ids, tmp_path):
-    flags = ["--init_from", str(GOLDEN), "--n_steps", "1", "--batch_size", "2"]
-    assert command(str(ids), "--out", str(tmp_path / "run"), *flags, "--n_ctx", "8", main=train.main)[0] == 0
-    assert utils.read_hparams(tmp_path / "run")["n_ctx"] == 8
-    status, _, err = command(str(ids), "--out", str(tmp_path / "new"), *flags, "--n_ctx", "97", main=train.main)
-    assert (status, "--n_ctx 97 is more than" in err) == (2, True)
 
 
 def test_other_data_of_the_same_length_is_noticed(whole, ids, start, tmp_path):
