@@ -36,7 +36,7 @@ def repeat(cache, n_rows):
 def read(model, tokens, cache, position):
     """kv_cache.read for a batch: a list of tokens and a position for each row."""
     longest = max(map(len, tokens))
-    n_padded = min(model.backend.n_padded(longest), cache[0][0].shape[-2] - max(position))
+    n_padded = min(model.backend.n_padded(longest), cache[0][0].shape[-1] - max(position))
     padded = numpy.zeros((len(tokens), n_padded), numpy.int32)
     for row, some in zip(padded, tokens, strict=True):
         row[: len(some)] = some

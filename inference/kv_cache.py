@@ -3,7 +3,8 @@
 gpt2.generate sends the whole sequence through the model for each new token, though nothing changes for the earlier
 ones: no token sees a later one. All that a new token needs of them are their keys and values, so these are kept:
 
-    cache    for each layer a pair, the keys and the values as `attention` takes them: [n_head, n_cache, d_head] each
+    cache    for each layer a pair, keys and values, each [n_head, d_head, n_cache]: tokens lie side by side, for the
+             products of `attention` to run along memory
 
 Reading the prompt at once (prefill), in pieces, or token by token (decode) is the same call, and gives the same logits:
 
@@ -39,7 +40,7 @@ class Model(NamedTuple):
 def new_cache(params, n_cache, *, n_head):
     """An empty cache for n_cache positions."""
     wpe = params["wpe"]
-    shape = (n_head, n_cache, wpe.shape[-1] // n_head)
+    shape = (n_head, wpe.shape[-1] // n_head, n_cache)
     zeros = backends.namespace_of([wpe]).zeros
     return [(zeros(shape, wpe.dtype), zeros(shape, wpe.dtype)) for _ in params["blocks"]]
 
@@ -70,11 +71,10 @@ def mha(x, c_attn, c_proj, n_head, cache, position, mask):
     Returns (x, the cache with those of x)."""
     heads = split_heads(linear(x, **c_attn), 3 * n_head)  # [n_seq, n_embd] -> [3*n_head, n_seq, d_head]
     q, k, v = heads.reshape(3, n_head, *heads.shape[1:])  # [3*n_head, n_seq, d_head] -> 3 of [n_head, n_seq, d_head]
-    keys, values = (update(old, new, (0, position, 0)) for old, new in zip(cache, (k, v), strict=True))
-    n_key = mask.shape[-1]
-    # [n_head, n_seq, d_head] -> [n_seq, n_embd]
-    x = merge_heads(causal_attention(q, keys[:, :n_key], values[:, :n_key], mask))
-    return linear(x, **c_proj), (keys, values)
+    cache = tuple(update(old, new.mT, (0, 0, position)) for old, new in zip(cache, (k, v), strict=True))
+    k, v = (array[..., : mask.shape[-1]].mT for array in cache)  # [n_head, d_head, n_cache] -> [n_head, n_key, d_head]
+    x = merge_heads(causal_attention(q, k, v, mask))  # [n_head, n_seq, d_head] -> [n_seq, n_embd]
+    return linear(x, **c_proj), cache
 
 
 def forward(params, tokens, cache, position, last=None, *, n_head):
@@ -86,7 +86,7 @@ def forward(params, tokens, cache, position, last=None, *, n_head):
     positions, filled = position + np.arange(len(tokens)), []
     x = embed(tokens, params["wte"], params["wpe"][positions])  # [n_seq] -> [n_seq, n_embd]
     # A position that is a number says how much of the cache is filled. A traced one does not: the mask hides the rest.
-    n_key = position + len(tokens) if isinstance(position, (int, numpy.integer)) else cache[0][0].shape[-2]
+    n_key = position + len(tokens) if isinstance(position, (int, numpy.integer)) else cache[0][0].shape[-1]
     mask = np.arange(n_key) <= positions[:, None]  # -> [n_seq, n_key]
     for block, layer in zip(params["blocks"], cache, strict=True):
         new, layer = mha(layer_norm(x, **block["ln_1"]), **block["attn"], n_head=n_head, cache=layer,
@@ -122,7 +122,7 @@ def read(model, tokens, cache, position):
 
     What the padding leaves in the cache lies behind every query, and the tokens to come overwrite it.
     """
-    n_padded = min(model.backend.n_padded(len(tokens)), cache[0][0].shape[-2] - position)
+    n_padded = min(model.backend.n_padded(len(tokens)), cache[0][0].shape[-1] - position)
     padded = numpy.zeros(n_padded, numpy.int32)
     padded[: len(tokens)] = tokens
     return model.forward(model.params, padded, cache, position, len(tokens) - 1)

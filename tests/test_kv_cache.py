@@ -82,10 +82,10 @@ def test_numpy_writes_into_the_one_cache_and_copies_none(golden):
     filled = kv_cache.forward(params, [1, 2], cache, 0, n_head=n_head)[1]
     for layer, same in zip(cache, filled, strict=True):
         for array, returned in zip(layer, same, strict=True):
-            assert array.shape == (4, 8, 12)
+            assert array.shape == (4, 12, 8)
             assert returned is array
-            assert np.abs(array[:, :2]).min() > 0
-            assert np.abs(array[:, 2:]).max() == 0
+            assert np.abs(array[..., :2]).min() > 0
+            assert np.abs(array[..., 2:]).max() == 0
     assert len(cache) == 3
 
 
@@ -105,7 +105,7 @@ def test_larger_models_have_a_set_of_programs_for_each_cache_size(monkeypatch):
     """Caches have 256, 512 or 1024 positions: to read 1024 for each token of a short text would cost more."""
     traced, forward = [], kv_cache.forward
     monkeypatch.setattr(
-        kv_cache, "forward", lambda *a, **k: traced.append((len(a[1]), a[2][0][0].shape[-2])) or forward(*a, **k)
+        kv_cache, "forward", lambda *a, **k: traced.append((len(a[1]), a[2][0][0].shape[-1])) or forward(*a, **k)
     )
     kv_cache.compiled.cache_clear()
     params = backends.get("jax").asarray(random_params(n_ctx=1024, n_layer=1))
@@ -123,7 +123,7 @@ def test_a_chunk_at_the_end_of_the_cache_is_not_moved_back(golden):
     ids = (ids * 3)[:96]
     model = kv_cache.load(params, n_head, "jax")
     cache = kv_cache.start(model, 96)
-    assert {array.shape[-2] for layer in cache for array in layer} == {96}
+    assert {array.shape[-1] for layer in cache for array in layer} == {96}
     _, cache = kv_cache.read(model, ids[:91], cache, 0)
     logits, _ = kv_cache.read(model, ids[91:], cache, 91)
     assert np.abs(np.asarray(logits) - gpt2.gpt2(ids, **params, n_head=n_head)[-1]).max() <= 2e-5

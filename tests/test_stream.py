@@ -23,10 +23,10 @@ class Script:
         self.params, self.asked = None, []
 
     def new_cache(self, params, n_cache):
-        return np.zeros((1, 2, 1, n_cache, 1))
+        return [(np.zeros((1, 1, n_cache)), np.zeros((1, 1, n_cache)))]
 
     def forward(self, params, tokens, cache, position, last):
-        assert position + len(tokens) <= cache.shape[-2]
+        assert position + len(tokens) <= cache[0][0].shape[-1]
         self.asked.append((list(tokens), position))
         logits = np.zeros(self.n_vocab)
         logits[self.ids[len(self.asked) - 1]] = 1.0
