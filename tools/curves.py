@@ -130,6 +130,8 @@ def draw(found, first, path):
             axis.plot([str(value) for value in found[title]], [row[curve] for row in found[title].values()],
                       label=curve, color=color, **style)  # fmt: skip
         axis.set(xlabel=head, ylabel="tokens/s", yscale="log", title="" if title == "size" else first)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:g}"[0] in "25" else "")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
