@@ -86,14 +86,29 @@ def save_model(folder, hparams, params, layouts=LAYOUTS, name="model.ckpt"):
         save_gpt2_params_to_tf_ckpt(folder / name, params)
 
 
-def convert(source, out, hparams, params, layout):
-    """Makes the folder `out` of what was loaded from the folder `source`; it gets its name when it is whole. Raises
-    ValueError for float64 params in the layout tf, which holds float32."""
+def convert(model: str = "", out: str = "", *, layout: str = "", models_dir: str = ""):
+    """Writes a model in OpenAI's layout or Hugging Face's, each number as it is.
+
+    Args:
+        model: 124M, 355M, 774M, 1558M, 3M or a model folder
+        out: the folder to make
+        layout: tf (OpenAI's, a TensorFlow checkpoint) or hf (Hugging Face's, safetensors)
+        models_dir: where the folders of models are; left out: models/ beside this file
+    """
+    import utils  # which imports this file to offer this command
+
+    if layout not in LAYOUTS:
+        raise ValueError(f"--layout {layout!r}: choose {' or '.join(LAYOUTS)}")
+    if not out or Path(out).exists():
+        raise ValueError(f"{out} is there already: name a folder to make" if out else "name a folder to make")
+    source = utils.find_model(model, models_dir)
+    _, hparams, params = utils.load_folder(source)
     if layout == "tf" and params["wte"].dtype.itemsize > 4:
         raise ValueError(f"{source} has numbers of {params['wte'].dtype}: OpenAI's layout holds float32 alone")
-    with new_folder(out) as part:
+    with new_folder(Path(out)) as part:
         save_tokenizer(source, part, [layout])
         save_model(part, hparams, params, [layout])
+    print(f"{out}: {model} in the layout {layout}")
 
 
 def hf_config(hparams, end_of_text):

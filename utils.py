@@ -283,26 +283,7 @@ def problems(folder, sha256):
         yield one_line(error)
 
 
-def convert(model: str = "", out: str = "", *, layout: str = "", models_dir: str = ""):
-    """Writes a model in OpenAI's layout or Hugging Face's, each number as it is.
-
-    Args:
-        model: 124M, 355M, 774M, 1558M, 3M or a model folder
-        out: the folder to make
-        layout: tf (OpenAI's, a TensorFlow checkpoint) or hf (Hugging Face's, safetensors)
-        models_dir: where the folders of models are; left out: models/ beside this file
-    """
-    import save
-
-    if layout not in save.LAYOUTS:
-        raise ValueError(f"--layout {layout!r}: choose {' or '.join(save.LAYOUTS)}")
-    if not out or Path(out).exists():
-        raise ValueError(f"{out} is there already: name a folder to make" if out else "name a folder to make")
-    source = find_model(model, models_dir)
-    _, hparams, params = load_folder(source)
-    save.convert(source, Path(out), hparams, params, layout)
-    print(f"{out}: {model} in the layout {layout}")
-
-
 if __name__ == "__main__":
+    from save import convert
+
     run({"verify": verify, "convert": convert}, "utils.py")

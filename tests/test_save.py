@@ -17,7 +17,7 @@ SMALL = {"n_vocab": 300, "n_ctx": 8, "n_embd": 6, "n_head": 2, "n_layer": 2}
 
 
 def convert(command, *arguments):
-    return command(*map(str, arguments), main=utils.convert)
+    return command(*map(str, arguments), main=save.convert)
 
 
 def test_there_and_back_no_byte_changes(command, tmp_path):
@@ -46,8 +46,12 @@ def test_hugging_face_files_keep_their_dtype(dtype, tmp_path):
 
 
 def test_float64_does_not_fit_into_openais_layout(tmp_path):
+    hparams = SMALL | {"n_vocab": 2048}
+    (tmp_path / "hf").mkdir()
+    save.save_tokenizer(utils.MODELS_DIR / "3M", tmp_path / "hf", ["hf"])
+    save.save_model(tmp_path / "hf", hparams, cast(random_params(**hparams), "float64"), ["hf"])
     with pytest.raises(ValueError, match="float32 alone"):
-        save.convert(tmp_path, tmp_path / "out", SMALL, cast(random_params(**SMALL), "float64"), "tf")
+        save.convert(str(tmp_path / "hf"), str(tmp_path / "out"), layout="tf")
     assert not (tmp_path / "out").exists()
 
 
