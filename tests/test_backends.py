@@ -75,7 +75,7 @@ def test_numpy_says_why_it_has_no_gradients():
         backends.get("numpy").value_and_grad(abs)
 
 
-@pytest.mark.parametrize(("n", "start"), [(2, 2), (1, 3), (1, 5), (1, -1)])
+@pytest.mark.parametrize(("n", "start"), [(2, 2), (1, 3), (1, 5), (1, -1), (1, -2)])
 def test_numpy_refuses_what_does_not_fit(n, start):
     with pytest.raises(ValueError, match="do not fit"):
         backends.get("numpy").update(numpy.zeros(3), numpy.ones(n), (start,))
