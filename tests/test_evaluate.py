@@ -80,6 +80,7 @@ def test_the_table_has_the_same_figures(command, text):
     [
         (["3M", "{text}", "--stride", "0"], "--stride 0 is out of range: 1 to n_ctx, 256"),
         (["3M", "{text}", "--stride", "257"], "1 to n_ctx, 256"),
+        (["3M"], "name a model, and a text"),
         (["3M", "nowhere.txt"], "no file or folder 'nowhere.txt'"),
         (["nothing", "{text}"], "no model 'nothing'"),
         (["3M", "{text}", "--dtype", "int8"], "unknown dtype"),

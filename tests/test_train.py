@@ -281,6 +281,12 @@ def test_a_full_disk_met_by_the_metrics(start, tmp_path, monkeypatch):
     assert "metrics.jsonl: No such file or directory; what was saved before still is" in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("main", [train.main, data.main])
+def test_nothing_named_is_one_line(main, command):
+    status, out, err = command(main=main)
+    assert (status, out, err.count("\n"), err[:5]) == (2, "", 1, "name ")
+
+
 def test_another_tokenizer_than_the_models(command, ids, tmp_path):
     arguments = [str(ids), "--out", str(tmp_path / "run"), "--init_from", "3M"]
     status, _, err = command(*arguments, main=train.main)

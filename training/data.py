@@ -35,6 +35,8 @@ def main(text: str = "", *, out: str = "data/mine", n_vocab: int | None = None, 
         validation: the share of documents to hold out, above 0 and below 1
         seed: which ones
     """
+    if not text:
+        raise ValueError("name a text file, or a folder of them")
     if encoder and n_vocab is not None:
         raise ValueError("--n_vocab is for a tokenizer to be learned: leave it out beside --encoder")
     if not 0 < validation < 1:

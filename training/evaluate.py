@@ -40,6 +40,8 @@ def main(model: str = "", text: str = "", *, stride: int | None = None, backend:
         models_dir: where the folders of models are; left out: models/
         json: print one JSON object
     """
+    if not model or not text:
+        raise ValueError("name a model, and a text file or a folder of them")
     device = backends.get(backend).start(dtype)
     checkpoint.find_dtype(dtype)
     documents = data.read_documents(Path(text))

@@ -94,6 +94,7 @@ def check(settings):
 def faults(s):
     """(is it so?, what is wrong then) for settings s."""
     sizes = [name for name in SIZES if getattr(s, name) is not None]
+    yield not s.data, "name the folder that python -m training.data made"
     for name in (*sizes, "n_steps", "batch_size", "eval_every"):
         yield getattr(s, name) == 0, f"--{name} 0 is out of range: 1 or more"
     for name in ("learning_rate", "clip"):
