@@ -2,7 +2,7 @@
 
     python -m training.data stories.txt --out data/stories --n_vocab 2048
 
-    data/stories/train.bin, validation.bin    the ids, two bytes each, end to end: mapped into memory, never read whole
+    data/stories/train.bin, validation.bin    the ids, two bytes each, end to end, mapped into memory
     data/stories/encoder.json, vocab.bpe      the tokenizer, learned from the training part or taken from a model
 
 <|endoftext|> separates the documents of a text file. In the .bin files its id stands before each document: so it ends
@@ -136,7 +136,8 @@ def tokenize(documents, encoder):
 
 
 def load(folder, n_ctx):
-    """(encoder, {"train", "validation": ids}) from a folder made by main; the ids [n] are mapped, not read."""
+    """(encoder, {"train", "validation": ids}) from a folder made by main; the ids [n] are mapped. Raises
+    ValueError for a context that is longer than the text, OSError for files that are damaged."""
     folder = Path(folder)
     if not all((folder / f"{name}.bin").exists() for name in PARTS):
         raise ValueError(f"{str(folder)!r} has no train.bin and validation.bin: python -m training.data makes them")
