@@ -12,6 +12,9 @@ def start(dtype="float32"):
     float64 is off in JAX unless asked for. Compiled programs are kept on disk for the next process, all of them (JAX by
     itself keeps those that took over a second), unless JAX_COMPILATION_CACHE_DIR names another place.
     """
+    # By itself XLA computes with vectors of 256 bits on processors that have 512: a token then takes 3 to 8% longer.
+    if "xla_cpu_prefer_vector_width" not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_prefer_vector_width=512".strip()
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     if jax.config.jax_compilation_cache_dir is None:

@@ -100,3 +100,8 @@ def test_the_arithmetic_of_the_curves():
     """By hand: 100 weights read in 2 s; a token before adds 2 * 1 * 5 cached numbers; 256 tokens multiply in 64 s."""
     found = curves.predicted({"B": 2.0, "F": 64.0}, {"n_layer": 1, "n_embd": 5}, 100, 10)
     assert found == {"cached, predicted": 1 / 4.0, "uncached, predicted": 1 / 2.5}
+
+
+def test_the_machine_is_told_with_what_slows_it(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    assert "OPENBLAS_CORETYPE=Haswell" in bench.machine()

@@ -1,6 +1,7 @@
 """The same code on JAX: eager, jitted, batched, differentiated, and never by way of NumPy."""
 
 import functools
+import os
 import subprocess
 import sys
 
@@ -239,3 +240,23 @@ def test_the_front_door_names_the_device(dtype, tmp_path):
     assert ("64 bits on" in done.stderr) == (dtype == "float64")
     assert done.stderr.count("\n") == 1
     assert list((tmp_path / "gpt2" / "jax").iterdir()), "the compiled programs are kept"
+
+
+def test_jax_computes_on_the_bytes_of_the_file(storyteller, library):
+    """A copy would take as much memory again. On a CPU arrays are shared that begin at a multiple of 64 bytes."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("only a CPU shares its memory")
+    mapped = jax.tree.leaves(storyteller[2])
+    shared = jax.tree.leaves(library.asarray(storyteller[2]))
+    assert [array.unsafe_buffer_pointer() for array in shared] == [array.ctypes.data for array in mapped]
+
+
+@pytest.mark.parametrize("flags", ["", "--xla_cpu_enable_fast_math=false", "--xla_cpu_prefer_vector_width=128"])
+def test_start_widens_vectors_unless_told_otherwise(flags, library, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    library.start()
+    library.start()
+    now = os.environ["XLA_FLAGS"]
+    assert now.startswith(flags)
+    assert now.count("xla_cpu_prefer_vector_width") == 1
+    assert ("=512" in now) is ("=128" not in flags)

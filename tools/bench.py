@@ -373,12 +373,14 @@ def table(summary, engines):
 
 
 def machine():
-    """What this ran on, in words."""
+    """What this ran on, in words, with what the environment tells the libraries: it may cost half the speed."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+    told = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("OPENBLAS_", "OMP_", "MKL_", "XLA_"))]
+    software = f"{platform.system()}, Python {platform.python_version()}"
+    return f"{cpu}, {os.cpu_count()} cores, {software}{', ' * bool(told)}{' '.join(told)}"
 
 
 # fmt: off
