@@ -318,22 +318,22 @@ TASKS = {  # name: (task, its arguments, tokens for each time it answers)
 
 def measure(workers, tasks, rounds, progress=lambda: None):
     """({task: {engine: [seconds]}}, {task: {engine: seconds that the first time took longer, as it compiles}},
-    {engine: peak bytes after the first decoding}). All are asked in turn; the first round is not counted."""
-    times, compiling, peak = {}, {}, {}
-    for name, (task, arguments, _) in tasks.items():
-        asked = [worker for worker in workers if task == "decode" or worker.name != "picogpt-style"]
-        times[name], waited = {worker.name: [] for worker in workers}, {worker.name: [] for worker in asked}
-        for _ in range(1 + rounds):
-            for worker in asked:
+    {engine: peak bytes after the first task, which decodes}). In each round all engines are asked in turn for each
+    task, so that rows compare as well as columns; the first round is not counted."""
+    asked = {name: [w for w in workers if t[0] == "decode" or w.name != "picogpt-style"] for name, t in tasks.items()}
+    times, waited = ({name: {worker.name: [] for worker in workers} for name in tasks} for _ in range(2))
+    peak = {}
+    for _ in range(1 + rounds):
+        for name, (task, arguments, _) in tasks.items():
+            for worker in asked[name]:
                 started = time.perf_counter()
                 times[name][worker.name].append(worker.ask(task, *arguments))
-                waited[worker.name].append(time.perf_counter() - started)
-        for worker in asked:
-            times[name][worker.name].pop(0)
-            if task == "decode":
-                peak.setdefault(worker.name, worker.ask("memory"))
-        compiling[name] = {engine: w[0] - statistics.median(w[1:]) for engine, w in waited.items()}
+                waited[name][worker.name].append(time.perf_counter() - started)
+                if worker.name not in peak:  # the first task decodes
+                    peak[worker.name] = worker.ask("memory")
         progress()
+    compiling = {name: {e: w[0] - statistics.median(w[1:]) for e, w in waited[name].items() if w} for name in tasks}
+    times = {name: {engine: seconds[1:] for engine, seconds in times[name].items()} for name in tasks}
     return times, compiling, peak
 
 
