@@ -105,3 +105,28 @@ def test_the_arithmetic_of_the_curves():
 def test_the_machine_is_told_with_what_slows_it(monkeypatch):
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
     assert "OPENBLAS_CORETYPE=Haswell" in bench.machine()
+
+
+class Stopped:
+    """A worker whose answers are known: at its nth question, n."""
+
+    def __init__(self, name, log):
+        self.name, self.log, self.n = name, log, 0
+
+    def ask(self, task, *arguments):
+        self.log.append((self.name, task, *arguments))
+        self.n += task != "memory"
+        return self.n
+
+
+def test_each_round_asks_for_every_row_and_the_first_is_not_counted():
+    log, tasks = [], {"short": ("decode", [10], 1), "batch": ("batch", [16], 16)}
+    workers = [Stopped("limits", log), Stopped("picogpt-style", log)]
+    times, compiling, peak = bench.measure(workers, tasks, 2)
+    a_round = [("limits", "decode", 10), ("picogpt-style", "decode", 10), ("limits", "batch", 16)]
+    assert [question for question in log if question[1] != "memory"] == 3 * a_round
+    assert log.index(("limits", "memory")) == 1, "after one answer: later tasks take more"
+    assert times["short"] == {"limits": [3, 5], "picogpt-style": [2, 3]}
+    assert times["batch"] == {"limits": [4, 6], "picogpt-style": []}
+    assert peak == {"limits": 1, "picogpt-style": 1}
+    assert [set(row) for row in compiling.values()] == [{"limits", "picogpt-style"}, {"limits"}]

@@ -260,3 +260,13 @@ def test_start_widens_vectors_unless_told_otherwise(flags, library, monkeypatch)
     assert now.startswith(flags)
     assert now.count("xla_cpu_prefer_vector_width") == 1
     assert ("=512" in now) is ("=128" not in flags)
+
+
+def test_the_compiler_hears_of_it(tmp_path):
+    """It reads XLA_FLAGS once in a process: `start` must come in time."""
+    program = "import backends, numpy; b = backends.get('jax'); b.start(); b.jit(lambda x: x * x + x)(numpy.ones(4096))"
+    environment = {"XLA_FLAGS": f"--xla_dump_to={tmp_path}", "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
+    heard = [path.read_text() for path in tmp_path.glob("*.debug_options")]
+    assert heard
+    assert all("xla_cpu_prefer_vector_width: 512" in text for text in heard)
