@@ -44,6 +44,14 @@ def map_params(f, nest, path=()):
     return f(path, nest)
 
 
+def replace_params(f, nest, path=()):
+    """map_params in place: each array is let go once f has made another of it."""
+    for key in nest if isinstance(nest, dict) else range(len(nest)):
+        place, value = (*path, key), nest[key]
+        nest[key] = replace_params(f, value, place) if isinstance(value, (dict, list)) else f(place, value)
+    return nest
+
+
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -106,25 +114,20 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     array stays in memory. Raises OSError naming file and tensor if anything is missing, misplaced or misshapen."""
     entries, path = read_index(f"{tf_ckpt_path}.index"), f"{tf_ckpt_path}.data-00000-of-00001"
     entries = {name: entry for name, entry in entries.items() if name.startswith("model/")}  # no optimizer's
-    data = map_file(path)
-    for name, entry in entries.items():
-        if line := misplacement(name, entry, len(data)):
-            raise OSError(f"{path}: {line}")
-    found = {name: entry.shape for name, entry in entries.items()}
-    return assemble(
-        path, param_shapes(**hparams), found, tf_name, lambda name: tensor_bytes(data, entries[name]).view("<f4")
-    )
+    with open(path, "rb") as file:
+        for name, entry in entries.items():
+            if line := misplacement(name, entry, n_bytes=os.path.getsize(path)):
+                raise OSError(f"{path}: {line}")
+        found = {name: entry.shape for name, entry in entries.items()}
+        return assemble(
+            path, param_shapes(**hparams), found, tf_name, lambda name: map_tensor(file, entries[name]).view("<f4")
+        )
 
 
-def map_file(path):
-    """The bytes of a file as an array, read when they are first looked at ("c": changes stay in memory)."""
-    if os.path.getsize(path) == 0:
-        raise OSError(f"{path}: empty")
-    return np.asarray(np.memmap(path, np.uint8, mode="c"))
-
-
-def tensor_bytes(data, entry):
-    return data[entry.offset : entry.offset + entry.size]
+def map_tensor(file, entry):
+    """The bytes of a tensor, read when they are first looked at ("c": changes stay in memory). Each has a mapping of
+    its own, and its memory is free again when nobody uses it any more."""
+    return np.asarray(np.memmap(file, np.uint8, "c", entry.offset, entry.size))
 
 
 def misplacement(name, entry, n_bytes):
@@ -141,14 +144,15 @@ def misplacement(name, entry, n_bytes):
 def damages(index_path, data_path):
     """One line for each tensor that is misplaced, or whose bytes do not have the checksum that the index has, and one
     for bytes at the end that belong to none."""
-    data, entries = map_file(data_path), read_index(index_path)
-    if surplus := max(0, len(data) - max(entry.offset + entry.size for entry in entries.values())):
+    n_bytes, entries = os.path.getsize(data_path), read_index(index_path)
+    if surplus := max(0, n_bytes - max(entry.offset + entry.size for entry in entries.values())):
         yield f"{data_path}: a surplus of {surplus} bytes after the last tensor"
-    for name, entry in entries.items():
-        if line := misplacement(name, entry, len(data)):
-            yield f"{data_path}: {line}"
-        elif (crc32c := masked_crc32c(tensor_bytes(data, entry))) != entry.crc32c:
-            yield f"{data_path}: {name} has checksum {crc32c:08x}, by the index {entry.crc32c:08x}"
+    with open(data_path, "rb") as file:
+        for name, entry in entries.items():
+            if line := misplacement(name, entry, n_bytes):
+                yield f"{data_path}: {line}"
+            elif (crc32c := masked_crc32c(map_tensor(file, entry))) != entry.crc32c:
+                yield f"{data_path}: {name} has checksum {crc32c:08x}, by the index {entry.crc32c:08x}"
 
 
 def read_index(path):

@@ -23,6 +23,7 @@ import numpy
 
 import backends
 from backends import np, update
+from checkpoint import map_params, replace_params
 from gpt2 import attention, check_inputs, embed, ffn, layer_norm, linear, merge_heads, split_heads, unembed
 
 
@@ -105,11 +106,19 @@ def compiled(n_head, backend):
 
 
 def load(params, n_head, backend="numpy"):
-    """params -> the Model."""
+    """params -> the Model. They stay as they are."""
+    return take(map_params(lambda _, array: array, params), n_head, backend)
+
+
+def take(params, n_head, backend="numpy"):
+    """load, but the nest `params` becomes the Model's: its arrays give way one by one to those of the backend, so that
+    there is never a second copy of the weights in memory."""
     library = backends.get(backend)
     n_vocab, n_ctx = len(params["wte"]), len(params["wpe"])
+    forms = {"w": library.matrix, "wte": library.table}
+    params = replace_params(lambda path, array: forms.get(path[-1], library.asarray)(array), params)
     empty = functools.partial(new_cache, n_head=n_head)
-    return Model(library.asarray(params), compiled(n_head, backend), empty, n_vocab, n_ctx, library)
+    return Model(params, compiled(n_head, backend), empty, n_vocab, n_ctx, library)
 
 
 def start(model, n_tokens):
@@ -140,5 +149,5 @@ def greedy(model, inputs, n_tokens_to_generate):
     tokens, position = inputs, 0
     for _ in range(n_tokens_to_generate):
         logits, cache = read(model, tokens, cache, position)
-        tokens, position = [int(np.argmax(logits))], position + len(tokens)
+        tokens, position = [int(np.argmax(model.backend.to_numpy(logits)))], position + len(tokens)
         yield tokens[0]

@@ -4,6 +4,7 @@ import numpy
 import pytest
 
 import backends
+import checkpoint
 from backends import np
 
 BACKENDS = [pytest.param(backends.get(name), id=name) for name in backends.NAMES]
@@ -63,6 +64,22 @@ def test_update_returns_the_buffer_with_the_new_part(backend):
     for start in [(1, 2), (numpy.int32(1), numpy.int32(2))]:
         after = backend.to_numpy(backend.update(buffer, new, start))
         assert after.tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_matrix_and_table_are_the_arrays_in_what_they_are_for(backend, dtype):
+    rng, dtype = numpy.random.default_rng(0), checkpoint.find_dtype(dtype)
+    w, rows, xs = (rng.integers(-3, 4, shape).astype(dtype) for shape in [(4, 6), (7, 4), (130, 4)])  # sums are exact
+    (plain_w, plain_rows), matrix, table = backend.asarray((w, rows)), backend.matrix(w), backend.table(rows)
+    for x in backend.asarray([xs[0], xs[:1], xs[:3], xs]):
+        for product, expected in [(x @ matrix, x @ plain_w), (x @ table.T, x @ plain_rows.T)]:
+            assert product.dtype == expected.dtype
+            assert numpy.array_equal(backend.to_numpy(product), backend.to_numpy(expected))
+    batched = backend.jit(backend.vmap(lambda w, t, x: (x[None] @ w, x @ t.T), in_axes=(None, None, 0)))
+    wide, narrow = backend.to_numpy(batched(matrix, table, backend.asarray(xs)))
+    assert numpy.array_equal(wide, (xs @ w)[:, None])
+    assert numpy.array_equal(narrow, xs @ rows.T)
+    assert numpy.array_equal(backend.to_numpy(table[numpy.array([2, 0])]), rows[[2, 0]])
 
 
 def test_unknown_backends_are_refused():

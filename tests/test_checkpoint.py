@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -115,6 +116,18 @@ def test_param_shapes_count_what_openai_published():
     assert count(1024, 16, 24) == 354_823_168
 
 
+def test_replace_params_never_keeps_what_it_has_replaced():
+    nest, seen = {"a": [np.zeros(3), {"b": np.zeros(2)}, np.zeros(4)], "c": np.zeros(1)}, []
+
+    def name(path, array):
+        assert all(earlier() is None for earlier in seen)
+        seen.append(weakref.ref(array))
+        return "/".join(map(str, path))
+
+    assert checkpoint.replace_params(name, nest) is nest
+    assert nest == {"a": ["a/0", {"b": "a/1/b"}, "a/2"], "c": "c"}
+
+
 def damage_data(folder, how):
     data = bytearray((folder / utils.DATA).read_bytes())
     (folder / utils.DATA).write_bytes(how(data))
@@ -126,7 +139,7 @@ def edit_json(path, **changes):
 
 DAMAGES = {
     "truncated data": (lambda f: damage_data(f, lambda d: d[:-10]), [utils.DATA, "model/wte", "cut short"]),
-    "empty data": (lambda f: damage_data(f, lambda d: b""), [utils.DATA, "empty"]),
+    "empty data": (lambda f: damage_data(f, lambda d: b""), [utils.DATA, "model/h0/", "the file at 0"]),
     "no data": (lambda f: (f / utils.DATA).unlink(), [utils.DATA, "No such file"]),
     "no index": (lambda f: (f / utils.INDEX).unlink(), [utils.INDEX, "No such file"]),
     "no checkpoint": (lambda f: (f / "checkpoint").unlink(), ["checkpoint", "No such file"]),

@@ -350,7 +350,7 @@ def test_too_little_memory_is_one_line(command, monkeypatch):
     def full(*_):
         raise MemoryError("Unable to allocate 9 TiB")
 
-    monkeypatch.setattr("inference.kv_cache.load", full)
+    monkeypatch.setattr("inference.kv_cache.take", full)
     assert command("Once", *STORY) == (1, "", "not enough memory: Unable to allocate 9 TiB\n")
 
 

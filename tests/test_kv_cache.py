@@ -1,11 +1,16 @@
 """The cache changes nothing but the time: every way of splitting a text gives the logits of the whole."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
-from conftest import oracle, random_params
+from conftest import GOLDEN, oracle, random_params
 
 import backends
+import checkpoint
 import gpt2
+import utils
 from inference import kv_cache
 
 jax = oracle("jax")
@@ -129,18 +134,44 @@ def test_a_chunk_at_the_end_of_the_cache_is_not_moved_back(golden):
     assert np.abs(np.asarray(logits) - gpt2.gpt2(ids, **params, n_head=n_head)[-1]).max() <= 2e-5
 
 
+def leaves(params):
+    found = {}
+    checkpoint.map_params(lambda path, array: found.update({path: array}), params)
+    return found
+
+
+@pytest.mark.parametrize("backend", backends.NAMES)
+def test_load_leaves_params_as_they_are(backend):
+    params = random_params()
+    before = leaves(params)
+    kv_cache.load(params, 2, backend)
+    assert all(array is before[path] for path, array in leaves(params).items())
+
+
+def test_take_gives_the_memory_of_what_it_copies_back(tmp_path):
+    """A model of 6 GB would need 10 otherwise."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or jax.default_backend() != "cpu":
+        pytest.skip("looks at /proc, and for copies that are made on a CPU")
+    shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
+
+    def n_mapped():
+        return sum(line.endswith(str(tmp_path / utils.DATA)) for line in maps.read_text(encoding="utf-8").splitlines())
+
+    _, hparams, params = utils.load_folder(tmp_path)
+    n_tensors, n_matrices = n_mapped(), 4 * hparams["n_layer"]
+    assert n_tensors > n_matrices
+    model = kv_cache.take(params, hparams["n_head"], "jax")
+    jax.block_until_ready(model.params)
+    assert n_mapped() <= n_tensors - n_matrices
+
+
 @pytest.mark.parametrize("backend", backends.NAMES)
 def test_the_cache_has_the_params_dtype(backend):
-    params = backends.get(backend).asarray(kv_cache_params("bfloat16"))
+    params = backends.get(backend).asarray(checkpoint.cast(random_params(), "bfloat16"))
     model = kv_cache.load(params, 2, backend)
     logits, cache = kv_cache.read(model, [1, 2, 3], kv_cache.start(model, 8), 0)
     assert {array.dtype.name for array in (logits, *cache[0], *cache[1])} == {"bfloat16"}
-
-
-def kv_cache_params(dtype):
-    import checkpoint
-
-    return checkpoint.cast(random_params(), dtype)
 
 
 def test_a_position_that_is_traced_gives_what_a_known_one_gives(golden):

@@ -76,7 +76,7 @@ class Ours:
 
         self.backend, self.hparams = backends.get(backend), hparams
         self.device = self.backend.start(str(params["wte"].dtype))
-        self.model = kv_cache.load(params, hparams["n_head"], backend)
+        self.model = kv_cache.take(params, hparams["n_head"], backend)
 
     def decode(self, n_prompt, n=N_DECODE):
         """Seconds a token, after the first."""
