@@ -37,8 +37,8 @@ def gelu(x):
 def softmax(x):
     """Scores [..., n] to as many probabilities: positive, and summing to 1 along the last axis."""
     # A shift common to all scores changes nothing, and below a maximum of 0 no exp can overflow.
-    exp_x = np.exp(x - np.max(x, axis=-1, keepdims=True))
-    return exp_x / np.sum(exp_x, axis=-1, keepdims=True)
+    exp_x = np.exp(x - x.max(axis=-1, keepdims=True))
+    return exp_x / exp_x.sum(axis=-1, keepdims=True)
 
 
 @keeps_dtype
@@ -46,8 +46,8 @@ def softmax(x):
 def layer_norm(x, g, b, eps=1e-5):
     """Each vector of x, [..., n_embd], to mean 0 and variance 1, then scaled by g and shifted by b, both [n_embd]
     (Ba et al. 2016, section 3). eps keeps a constant vector from being divided by zero."""
-    centred = x - np.mean(x, axis=-1, keepdims=True)
-    variance = np.mean(centred * centred, axis=-1, keepdims=True)  # [..., n_embd] -> [..., 1]
+    centred = x - x.sum(axis=-1, keepdims=True) / x.shape[-1]
+    variance = (centred * centred).sum(axis=-1, keepdims=True) / x.shape[-1]  # [..., n_embd] -> [..., 1]
     return g * (centred / np.sqrt(variance + eps)) + b
 
 

@@ -13,6 +13,8 @@ import types
 
 import numpy
 
+from backends import numpy_backend
+
 NAMES = ("numpy", "jax")
 
 
@@ -62,7 +64,7 @@ np = _Namespace()
 
 def update(buffer, new, start):
     """`update` of the backend that `buffer` belongs to: see there."""
-    return get("numpy" if namespace_of([buffer]) is numpy else "jax").update(buffer, new, start)
+    return (numpy_backend if namespace_of([buffer]) is numpy else get("jax")).update(buffer, new, start)
 
 
 def keeps_dtype(layer):
