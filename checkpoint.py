@@ -114,20 +114,31 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     array stays in memory. Raises OSError naming file and tensor if anything is missing, misplaced or misshapen."""
     entries, path = read_index(f"{tf_ckpt_path}.index"), f"{tf_ckpt_path}.data-00000-of-00001"
     entries = {name: entry for name, entry in entries.items() if name.startswith("model/")}  # no optimizer's
-    with open(path, "rb") as file:
-        for name, entry in entries.items():
-            if line := misplacement(name, entry, n_bytes=os.path.getsize(path)):
-                raise OSError(f"{path}: {line}")
-        found = {name: entry.shape for name, entry in entries.items()}
-        return assemble(
-            path, param_shapes(**hparams), found, tf_name, lambda name: map_tensor(file, entries[name]).view("<f4")
-        )
+    data = map_file(path)
+    for name, entry in entries.items():
+        if line := misplacement(name, entry, len(data)):
+            raise OSError(f"{path}: {line}")
+
+    def read(name):
+        entry, is_matrix = entries[name], len(entries[name].shape) > 1
+        # A matrix's own mapping ends with it, and its memory is free. Each keeps a file open, so vectors share one.
+        numbers = map_file(path, entry.offset, entry.size) if is_matrix else tensor_bytes(data, entry)
+        return numbers.view("<f4")
+
+    found = {name: entry.shape for name, entry in entries.items()}
+    return assemble(path, param_shapes(**hparams), found, tf_name, read)
 
 
-def map_tensor(file, entry):
-    """The bytes of a tensor, read when they are first looked at ("c": changes stay in memory). Each has a mapping of
-    its own, and its memory is free again when nobody uses it any more."""
-    return np.asarray(np.memmap(file, np.uint8, "c", entry.offset, entry.size))
+def map_file(path, offset=0, size=None):
+    """The bytes of a file, or of a part of it, as an array, read when they are first looked at ("c": changes stay in
+    memory)."""
+    if os.path.getsize(path) == 0:
+        raise OSError(f"{path}: empty")
+    return np.asarray(np.memmap(path, np.uint8, "c", offset, size))
+
+
+def tensor_bytes(data, entry):
+    return data[entry.offset : entry.offset + entry.size]
 
 
 def misplacement(name, entry, n_bytes):
@@ -144,15 +155,14 @@ def misplacement(name, entry, n_bytes):
 def damages(index_path, data_path):
     """One line for each tensor that is misplaced, or whose bytes do not have the checksum that the index has, and one
     for bytes at the end that belong to none."""
-    n_bytes, entries = os.path.getsize(data_path), read_index(index_path)
-    if surplus := max(0, n_bytes - max(entry.offset + entry.size for entry in entries.values())):
+    data, entries = map_file(data_path), read_index(index_path)
+    if surplus := max(0, len(data) - max(entry.offset + entry.size for entry in entries.values())):
         yield f"{data_path}: a surplus of {surplus} bytes after the last tensor"
-    with open(data_path, "rb") as file:
-        for name, entry in entries.items():
-            if line := misplacement(name, entry, n_bytes):
-                yield f"{data_path}: {line}"
-            elif (crc32c := masked_crc32c(map_tensor(file, entry))) != entry.crc32c:
-                yield f"{data_path}: {name} has checksum {crc32c:08x}, by the index {entry.crc32c:08x}"
+    for name, entry in entries.items():
+        if line := misplacement(name, entry, len(data)):
+            yield f"{data_path}: {line}"
+        elif (crc32c := masked_crc32c(tensor_bytes(data, entry))) != entry.crc32c:
+            yield f"{data_path}: {name} has checksum {crc32c:08x}, by the index {entry.crc32c:08x}"
 
 
 def read_index(path):

@@ -9,12 +9,12 @@ def gelu(x):
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 def softmax(x):
-    exp_x = np.exp(x - np.max(x, axis=-1, keepdims=True))
-    return exp_x / np.sum(exp_x, axis=-1, keepdims=True)
+    exp_x = np.exp(x - x.max(axis=-1, keepdims=True))
+    return exp_x / exp_x.sum(axis=-1, keepdims=True)
 
 def layer_norm(x, g, b, eps=1e-5):
-    centred = x - np.mean(x, axis=-1, keepdims=True)
-    variance = np.mean(centred * centred, axis=-1, keepdims=True)
+    centred = x - x.sum(axis=-1, keepdims=True) / x.shape[-1]
+    variance = (centred * centred).sum(axis=-1, keepdims=True) / x.shape[-1]
     return g * (centred / np.sqrt(variance + eps)) + b
 
 def linear(x, w, b):

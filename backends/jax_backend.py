@@ -17,7 +17,8 @@ def start(dtype="float32"):
     if "xla_cpu_prefer_vector_width" not in (flags := os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_prefer_vector_width=512".strip()
     # Each token is waited for before the next, so handing a program to another thread only costs time: 2% of a token.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if "JAX_CPU_ENABLE_ASYNC_DISPATCH" not in os.environ:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     if jax.config.jax_compilation_cache_dir is None:
@@ -48,7 +49,8 @@ def asarray(tree):
 
 
 def matrix(w):
-    """An array w, [n_in, n_out], in the form that makes `x @ w` fastest, which is all that it is then good for."""
+    """An array w, [n_in, n_out], in the form that makes `x @ w` fastest, the only use it then has; x is [n_in] or
+    [n_seq, n_in]."""
     return Transposed(asarray(w).T) if transposing_pays(w) else asarray(w)
 
 
@@ -58,7 +60,7 @@ def table(rows):
 
 
 def transposing_pays(array):
-    """See Transposed. On a CPU, that is, and not in bfloat16: a token would take a third longer then."""
+    """Whether a Transposed is faster: on a CPU, but not in bfloat16, where a token would take a third longer."""
     return jax.default_backend() == "cpu" and array.dtype.itemsize >= 4
 
 
@@ -75,7 +77,7 @@ class Transposed:
     rows: jax.Array
 
     def __rmatmul__(self, x):
-        if x.size > 128 * x.shape[-1]:  # so many rows are work of their own, and faster the usual way
+        if x.size > 128 * x.shape[-1]:  # so many rows of one text are faster the usual way
             return x @ self.rows.T
         # Without the barrier XLA would turn a batch's product round again, to x @ rows.T.
         return jax.lax.optimization_barrier(self.rows @ x.T).T

@@ -16,8 +16,8 @@ def asarray(tree):
 
 
 def matrix(w):
-    """An array w, [n_in, n_out], in the form that makes `x @ w` fastest, which is all that it is then good for. NumPy
-    reads it as it is."""
+    """An array w, [n_in, n_out], in the form that makes `x @ w` fastest, the only use it then has; x is [n_in] or
+    [n_seq, n_in]. NumPy reads it as it is."""
     return numpy.asarray(w)
 
 

@@ -106,13 +106,13 @@ def compiled(n_head, backend):
 
 
 def load(params, n_head, backend="numpy"):
-    """params -> the Model. They stay as they are."""
+    """params -> the Model. They stay as they are; on a CPU, JAX's Model has its matrices a second time."""
     return take(map_params(lambda _, array: array, params), n_head, backend)
 
 
 def take(params, n_head, backend="numpy"):
     """load, but the nest `params` becomes the Model's: its arrays give way one by one to those of the backend, so that
-    there is never a second copy of the weights in memory."""
+    a model is never in memory twice, unless somebody else holds them."""
     library = backends.get(backend)
     n_vocab, n_ctx = len(params["wte"]), len(params["wpe"])
     forms = {"w": library.matrix, "wte": library.table}

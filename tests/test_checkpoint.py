@@ -139,7 +139,7 @@ def edit_json(path, **changes):
 
 DAMAGES = {
     "truncated data": (lambda f: damage_data(f, lambda d: d[:-10]), [utils.DATA, "model/wte", "cut short"]),
-    "empty data": (lambda f: damage_data(f, lambda d: b""), [utils.DATA, "model/h0/", "the file at 0"]),
+    "empty data": (lambda f: damage_data(f, lambda d: b""), [utils.DATA, "empty"]),
     "no data": (lambda f: (f / utils.DATA).unlink(), [utils.DATA, "No such file"]),
     "no index": (lambda f: (f / utils.INDEX).unlink(), [utils.INDEX, "No such file"]),
     "no checkpoint": (lambda f: (f / "checkpoint").unlink(), ["checkpoint", "No such file"]),

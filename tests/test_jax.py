@@ -243,7 +243,7 @@ def test_the_front_door_names_the_device(dtype, tmp_path):
     assert list((tmp_path / "gpt2" / "jax").iterdir()), "the compiled programs are kept"
 
 
-def test_jax_computes_on_the_bytes_of_the_file(storyteller, library):
+def test_asarray_shares_the_bytes_of_the_file(storyteller, library):
     """A copy would take as much memory again. On a CPU arrays are shared that begin at a multiple of 64 bytes."""
     if jax.default_backend() != "cpu":
         pytest.skip("only a CPU shares its memory")
@@ -282,7 +282,7 @@ def test_start_widens_vectors_unless_told_otherwise(flags, library, monkeypatch)
 
 
 def test_xla_hears_of_it(tmp_path):
-    """It reads XLA_FLAGS once in a process, and whether to hand programs to a thread: `start` must be in time."""
+    """It reads XLA_FLAGS once in a process: `start` must come in time. Nor are programs handed to a thread."""
     program = "import backends, numpy; b = backends.get('jax'); b.start(); b.jit(lambda x: x * x + x)(numpy.ones(4096))"
     program += "; assert not b.jax.config.values['jax_cpu_enable_async_dispatch']"
     environment = {"XLA_FLAGS": f"--xla_dump_to={tmp_path}", "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}

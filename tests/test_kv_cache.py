@@ -1,5 +1,6 @@
 """The cache changes nothing but the time: every way of splitting a text gives the logits of the whole."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -161,6 +162,8 @@ def test_take_gives_the_memory_of_what_it_copies_back(tmp_path):
     _, hparams, params = utils.load_folder(tmp_path)
     n_tensors, n_matrices = n_mapped(), 4 * hparams["n_layer"]
     assert n_tensors > n_matrices
+    held = [os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    assert held.count(str(tmp_path / utils.DATA)) <= n_matrices + 3, "a process may have 256 files open, or 1024"
     model = kv_cache.take(params, hparams["n_head"], "jax")
     jax.block_until_ready(model.params)
     assert n_mapped() <= n_tensors - n_matrices
