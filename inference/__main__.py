@@ -68,7 +68,7 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         print("hint: a prompt ends in a space; tokens begin with theirs, so leave it away", file=sys.stderr)
     if backend != "numpy":
         print(device, file=sys.stderr)
-    params = checkpoint.cast(params, dtype)
+    params = checkpoint.cast(params, dtype)  # under the same name: an older nest would hold what `take` lets go
     model = kv_cache.take(params, hparams["n_head"], backend)
     if num_beams > 1:
         show_beams(flags, model, prompts[0], rows[0])
