@@ -112,8 +112,8 @@ def n_padded(n):
 
 
 def n_cache(n):
-    """The number of positions to make room for where n are needed: the next of 256, 512, 1024, ..., likewise."""
-    return max(256, 1 << (n - 1).bit_length())
+    """The number of positions to make room for where n are needed: the next of 64, 128, 256, ..., likewise."""
+    return max(64, 1 << (n - 1).bit_length())
 
 
 def jit(f, donate_argnums=()):

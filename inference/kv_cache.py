@@ -78,7 +78,14 @@ def mha(x, c_attn, c_proj, n_head, cache, position, mask):
     return linear(x, **c_proj), cache
 
 
-def forward(params, tokens, cache, position, last=None, *, n_head):
+def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache, position, mask):
+    """gpt2.transformer_block, likewise."""
+    new, cache = mha(layer_norm(x, **ln_1), **attn, n_head=n_head, cache=cache, position=position, mask=mask)
+    x = x + new
+    return x + ffn(layer_norm(x, **ln_2), **mlp), cache
+
+
+def forward(params, tokens, cache, position, last=None, *, n_head, jit=lambda f: f):
     """(logits, cache) after `tokens`, [n_seq] ids that stand at position, position + 1, ...
 
     logits are [n_seq, n_vocab], or [n_vocab] for tokens[last] alone: the others cost as much and nobody asks for them.
@@ -89,12 +96,10 @@ def forward(params, tokens, cache, position, last=None, *, n_head):
     # A position that is a number says how much of the cache is filled. A traced one does not: the mask hides the rest.
     n_key = position + len(tokens) if isinstance(position, (int, numpy.integer)) else cache[0][0].shape[-1]
     mask = np.arange(n_key) <= positions[:, None]  # -> [n_seq, n_key]
+    block_step = jit(functools.partial(transformer_block, n_head=n_head))  # JAX traces one block, for all are alike
     for block, layer in zip(params["blocks"], cache, strict=True):
-        new, layer = mha(layer_norm(x, **block["ln_1"]), **block["attn"], n_head=n_head, cache=layer,
-                         position=position, mask=mask)  # fmt: skip
+        x, layer = block_step(x, **block, cache=layer, position=position, mask=mask)
         filled.append(layer)
-        x = x + new
-        x = x + ffn(layer_norm(x, **block["ln_2"]), **block["mlp"])
     x = x if last is None else x[last]  # [n_seq, n_embd] -> [n_embd]
     return unembed(layer_norm(x, **params["ln_f"]), params["wte"]), filled  # [..., n_embd] -> [..., n_vocab]
 
@@ -102,7 +107,8 @@ def forward(params, tokens, cache, position, last=None, *, n_head):
 @functools.lru_cache
 def compiled(n_head, backend):
     """`forward` for a backend by its name, compiled once in a process for all calls of the same shapes."""
-    return backends.get(backend).jit(functools.partial(forward, n_head=n_head), donate_argnums=(2,))
+    jit = backends.get(backend).jit
+    return jit(functools.partial(forward, n_head=n_head, jit=jit), donate_argnums=(2,))
 
 
 def load(params, n_head, backend="numpy"):

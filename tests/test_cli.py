@@ -1,5 +1,6 @@
 """The front door, as a user meets it: text on stdout, everything else on stderr, one line for a mistake."""
 
+import gc
 import io
 import json
 import signal
@@ -15,6 +16,7 @@ import gpt2
 import gpt2_pico
 import utils
 from inference.__main__ import main as front_door
+from inference.kv_cache import take
 
 STORY = ["--model_size", "3M", "--n_tokens_to_generate", "12"]
 MANGLED_BY_FIRE = ["2019", "None", "1e5", "hello,world", "Yes, no", "[a]", "{a: 1}", "'quoted'", '"q"', "C# is"]
@@ -286,6 +288,16 @@ def test_pico_runs_the_same_way(command):
     long = ["Once upon a time", "--model_size", "3M", "--n_tokens_to_generate", "230"]
     assert command(*long, main=gpt2_pico.main)[:2] == command(*long)[:2]
     assert command("Once", "--model_size", "3M", "--n_tokens_to_generate", "300", main=gpt2_pico.main)[0] == 2
+
+
+def test_what_is_loaded_is_not_searched_for_garbage(command, monkeypatch):
+    """GPT-2's vocabulary is 50,000 objects; Python would look at each several times, and once more at the end."""
+    frozen = []
+    monkeypatch.setattr("inference.kv_cache.take", lambda *a: frozen.append(gc.get_freeze_count()) or take(*a))
+    gc.unfreeze()
+    assert command("Once", *STORY)[0] == 0
+    gc.unfreeze()
+    assert frozen[0] > 10_000
 
 
 def test_the_front_door_from_python(capsys):
