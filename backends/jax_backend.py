@@ -6,6 +6,8 @@ from pathlib import Path
 
 import jax
 
+from backends import numpy_backend
+
 
 def start(dtype="float32"):
     """Readies this process for `dtype` and says in words what will compute.
@@ -13,6 +15,7 @@ def start(dtype="float32"):
     float64 is off in JAX unless asked for. Compiled programs are kept on disk for the next process, all of them (JAX by
     itself keeps those that took over a second), unless JAX_COMPILATION_CACHE_DIR names another place.
     """
+    numpy_backend.keep_freed_memory()
     # By itself XLA computes with vectors of 256 bits on processors that have 512: a token then takes 3 to 8% longer.
     if "xla_cpu_prefer_vector_width" not in (flags := os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_prefer_vector_width=512".strip()

@@ -6,8 +6,19 @@ import numpy
 
 
 def start(dtype="float32"):
-    """Readies this process for `dtype` and says in words what will compute. NumPy needs nothing."""
+    """Readies this process for `dtype` and says in words what will compute."""
+    keep_freed_memory()
     return f"NumPy {numpy.__version__}"
+
+
+def keep_freed_memory():
+    """Lets this process keep up to 64 MiB of what it frees, for the next array.
+
+    By itself glibc hands back all but a little and gets it anew, page by page: an eighth of the time that a prompt of
+    512 tokens takes. When an array is freed that it had mapped alone, it takes arrays of that size as usual and keeps
+    twice as much from then on; 32 MiB is the most it learns from (mallopt(3), M_MMAP_THRESHOLD). This one is not touched.
+    """
+    numpy.empty(31 << 20, numpy.uint8)
 
 
 def asarray(tree):

@@ -1,7 +1,13 @@
 """`np` that follows its arguments, and the contract that every backend keeps."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import numpy
 import pytest
+from conftest import ROOT
 
 import backends
 import checkpoint
@@ -80,6 +86,28 @@ def test_matrix_and_table_are_the_arrays_in_what_they_are_for(backend, dtype):
     assert numpy.array_equal(wide, (xs @ w)[:, None])
     assert numpy.array_equal(narrow, xs @ rows.T)
     assert numpy.array_equal(backend.to_numpy(table[numpy.array([2, 0])]), rows[[2, 0]])
+
+
+FREED_AND_TAKEN_AGAIN = """
+import resource, sys, numpy, backends
+backends.get(sys.argv[1]).start()
+faults = []
+for _ in range(3):
+    arrays = [numpy.ones(3 << 20, numpy.uint8) for _ in range(8)]  # 24 MiB; each too small for a large page of memory
+    del arrays
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[2] - faults[1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is known to give memory back and get it anew")
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_memory_that_was_freed_is_used_again(name):
+    """Got anew from the system, 24 MiB are 6,144 pages of 4 KiB, each cleared first."""
+    command = [sys.executable, "-c", FREED_AND_TAKEN_AGAIN, name]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 600
 
 
 def test_unknown_backends_are_refused():
