@@ -16,7 +16,7 @@ def keep_freed_memory():
 
     By itself glibc hands back all but a little and gets it anew, page by page: an eighth of the time that a prompt of
     512 tokens takes. When an array is freed that it had mapped alone, it takes arrays of that size as usual and keeps
-    twice as much from then on; 32 MiB is the most it learns from (mallopt(3), M_MMAP_THRESHOLD). This one is not touched.
+    twice as much from then on; 32 MiB is the most it learns from (mallopt(3), M_MMAP_THRESHOLD). This is such an array.
     """
     numpy.empty(31 << 20, numpy.uint8)
 
@@ -28,8 +28,29 @@ def asarray(tree):
 
 def matrix(w):
     """An array w, [n_in, n_out], in the form that makes `x @ w` fastest, the only use it then has; x is [n_in] or
-    [n_seq, n_in]. NumPy reads it as it is."""
-    return numpy.asarray(w)
+    [n_seq, n_in]. NumPy reads it as it is, but for a Tall."""
+    tall = w.shape[0] > w.shape[1] and w.nbytes >= 4 << 20 and w.dtype.itemsize >= 4
+    return Tall(numpy.asarray(w)) if tall else numpy.asarray(w)
+
+
+class Tall:
+    """Stands for w in `x @ w`, a w of more rows than columns, too large to stay in the processor's cache.
+
+    One token takes as long as the weights take to come from memory, and long lines of them come faster than short ones.
+    So w is laid out by columns, once it has been read for 64 single rows: making that copy takes as long as it has then
+    cost not to have it. A long text is written in nine tenths of the time, a short one and a first token lose nothing.
+    """
+
+    __array_ufunc__ = None  # so that NumPy's arrays leave `x @ tall` to this class
+
+    def __init__(self, w):
+        self.w, self.n_read = w, 0
+
+    def __rmatmul__(self, x):
+        self.n_read += x.size == x.shape[-1]
+        if self.n_read == 64:
+            self.w = numpy.asfortranarray(self.w)
+        return x @ self.w
 
 
 def table(rows):

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import weakref
 
 import numpy
 import pytest
@@ -86,6 +87,36 @@ def test_matrix_and_table_are_the_arrays_in_what_they_are_for(backend, dtype):
     assert numpy.array_equal(wide, (xs @ w)[:, None])
     assert numpy.array_equal(narrow, xs @ rows.T)
     assert numpy.array_equal(backend.to_numpy(table[numpy.array([2, 0])]), rows[[2, 0]])
+
+
+def test_numpy_lays_out_by_columns_what_is_tall_and_often_read():
+    numpy_backend, rng = backends.get("numpy"), numpy.random.default_rng(0)
+    w, xs = (rng.integers(-3, 4, shape).astype(numpy.float32) for shape in [(2048, 513), (5, 2048)])  # sums are exact
+    expected, kept, released = xs @ w, w, weakref.ref(w)
+    matrix = numpy_backend.matrix(w)
+    for i in range(63):
+        assert numpy.array_equal(xs @ matrix, expected), "several rows do not count"
+        x, y = (xs[i % 5], expected[i % 5]) if i % 2 else (xs[:1], expected[:1])
+        assert numpy.array_equal(x @ matrix, y)
+        assert matrix.w is w
+    assert numpy.array_equal(xs[0] @ matrix, expected[0])
+    assert matrix.w.flags.f_contiguous
+    assert kept.flags.c_contiguous, "the caller's own stays as it is"
+    turned = matrix.w
+    for x, y in [(xs[1], expected[1]), (xs[:1], expected[:1]), (xs, expected)] * 40:
+        product = x @ matrix
+        assert (product.dtype, numpy.array_equal(product, y)) == (numpy.float32, True)
+    assert matrix.w is turned
+    del w, kept
+    assert released() is None, "in memory once, unless the caller keeps it"
+
+
+def test_numpy_takes_other_matrices_as_they_are():
+    """Wide ones are fast as they are, small ones come from the cache, and BLAS has no bfloat16."""
+    bfloat16 = checkpoint.find_dtype("bfloat16")
+    for shape, dtype in [((513, 2048), "f4"), ((1024, 1024), "f4"), ((2048, 511), "f4"), ((2048, 1025), bfloat16)]:
+        w = numpy.zeros(shape, dtype)
+        assert backends.get("numpy").matrix(w) is w
 
 
 FREED_AND_TAKEN_AGAIN = """
