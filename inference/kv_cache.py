@@ -3,8 +3,8 @@
 gpt2.generate sends the whole sequence through the model for each new token, though nothing changes for the earlier
 ones: no token sees a later one. All that a new token needs of them are their keys and values, so these are kept:
 
-    cache    for each layer a pair, keys and values, each [n_head, d_head, n_cache]: tokens lie side by side, for the
-             products of `attention` to run along memory
+    cache    for each layer a pair: keys, [n_head, d_head, n_cache], and values, [n_head, n_cache, d_head], each as the
+             products of `attention` run along memory
 
 Reading the prompt at once (prefill), in pieces, or token by token (decode) is the same call, and gives the same logits:
 
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy
 
 import backends
+import gpt2
 from backends import np, update
 from checkpoint import map_params, replace_params
 from gpt2 import attention, check_inputs, embed, ffn, layer_norm, linear, merge_heads, split_heads, unembed
@@ -41,9 +42,9 @@ class Model(NamedTuple):
 def new_cache(params, n_cache, *, n_head):
     """An empty cache for n_cache positions."""
     wpe = params["wpe"]
-    shape = (n_head, wpe.shape[-1] // n_head, n_cache)
-    zeros = backends.namespace_of([wpe]).zeros
-    return [(zeros(shape, wpe.dtype), zeros(shape, wpe.dtype)) for _ in params["blocks"]]
+    d_head, zeros = wpe.shape[-1] // n_head, backends.namespace_of([wpe]).zeros
+    shapes = (n_head, d_head, n_cache), (n_head, n_cache, d_head)
+    return [tuple(zeros(shape, wpe.dtype) for shape in shapes) for _ in params["blocks"]]
 
 
 def map_cache(f, cache):
@@ -56,6 +57,8 @@ def causal_attention(q, k, v, mask):
     Many queries are served in four parts, and no part computes scores for keys that none of it may look at: of a square
     mask that saves 3/8, and the parts fit into a processor's cache."""
     n_seq, n_key = mask.shape
+    if n_seq == 1 and isinstance(mask, numpy.ndarray):  # not traced: the one query may look at all keys there are
+        return gpt2.softmax(gpt2.attention_scores(q, k)) @ v  # [n_head, 1, d_head] -> [n_head, 1, d_head]
     n_part = max(64, -(-n_seq // 4))
     if n_seq <= n_part:
         return attention(q, k, v, mask)
@@ -72,8 +75,9 @@ def mha(x, c_attn, c_proj, n_head, cache, position, mask):
     Returns (x, the cache with those of x)."""
     heads = split_heads(linear(x, **c_attn), 3 * n_head)  # [n_seq, n_embd] -> [3*n_head, n_seq, d_head]
     q, k, v = heads.reshape(3, n_head, *heads.shape[1:])  # [3*n_head, n_seq, d_head] -> 3 of [n_head, n_seq, d_head]
-    cache = tuple(update(old, new.mT, (0, 0, position)) for old, new in zip(cache, (k, v), strict=True))
-    k, v = (array[..., : mask.shape[-1]].mT for array in cache)  # [n_head, d_head, n_cache] -> [n_head, n_key, d_head]
+    keys, values = cache = update(cache[0], k.mT, (0, 0, position)), update(cache[1], v, (0, position, 0))
+    n_key = mask.shape[-1]
+    k, v = keys.mT[:, :n_key], values[:, :n_key]  # [n_head, n_cache, d_head] -> [n_head, n_key, d_head]
     x = merge_heads(causal_attention(q, k, v, mask))  # [n_head, n_seq, d_head] -> [n_seq, n_embd]
     return linear(x, **c_proj), cache
 
