@@ -105,6 +105,10 @@ def test_one_query_at_a_known_position_is_not_masked(golden, monkeypatch):
     monkeypatch.setattr(kv_cache, "attention", None)
     logits = kv_cache.forward(params, ids[-1:], cache, len(ids) - 1, 0, n_head=n_head)[0]
     assert np.abs(logits - expected).max() < 2e-5
+    monkeypatch.undo()
+    place = np.array(len(ids) - 1)  # neither a number nor traced: the whole cache is looked at, and the mask is needed
+    logits = kv_cache.forward(params, ids[-1:], cache, place, 0, n_head=n_head)[0]
+    assert np.abs(logits - expected).max() < 2e-5
 
 
 def test_jax_compiles_one_program_per_bucket_and_one_for_decoding(golden, monkeypatch):
