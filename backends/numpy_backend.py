@@ -12,11 +12,11 @@ def start(dtype="float32"):
 
 
 def keep_freed_memory():
-    """Lets this process keep up to 64 MiB of what it frees, for the next array.
+    """Lets this process keep up to 62 MiB of what it frees, for the next array.
 
-    By itself glibc hands back all but a little and gets it anew, page by page: an eighth of the time that a prompt of
-    512 tokens takes. When an array is freed that it had mapped alone, it takes arrays of that size as usual and keeps
-    twice as much from then on; 32 MiB is the most it learns from (mallopt(3), M_MMAP_THRESHOLD). This is such an array.
+    By itself glibc hands most of it back and gets it anew, page by page: an eighth of the time that a prompt of 512
+    tokens takes. But it learns: it keeps twice as much as the largest array freed so far, those above 32 MiB apart
+    (mallopt(3), M_MMAP_THRESHOLD; MALLOC_ variables overrule it). So one is freed here.
     """
     numpy.empty(31 << 20, numpy.uint8)
 
@@ -28,23 +28,27 @@ def asarray(tree):
 
 def matrix(w):
     """An array w, [n_in, n_out], in the form that makes `x @ w` fastest, the only use it then has; x is [n_in] or
-    [n_seq, n_in]. NumPy reads it as it is, but for a Tall."""
+    [n_seq, n_in]. NumPy reads it as it is, unless it is tall and large: see Tall."""
+    w = numpy.asarray(w)
     tall = w.shape[0] > w.shape[1] and w.nbytes >= 4 << 20 and w.dtype.itemsize >= 4
-    return Tall(numpy.asarray(w)) if tall else numpy.asarray(w)
+    return Tall(w) if tall else w
 
 
 class Tall:
     """Stands for w in `x @ w`, a w of more rows than columns, too large to stay in the processor's cache.
 
-    One token takes as long as the weights take to come from memory, and long lines of them come faster than short ones.
-    So w is laid out by columns, once it has been read for 64 single rows: making that copy takes as long as it has then
-    cost not to have it. A long text is written in nine tenths of the time, a short one and a first token lose nothing.
+    One token takes as long as the weights take to come from memory, and they come faster in long lines. So w is laid
+    out by columns, once it has been read for 64 single rows: by then, going without has cost as much as the copy. A
+    long text is written in nine tenths of the time, a first token loses nothing; the last bits may change.
     """
 
     __array_ufunc__ = None  # so that NumPy's arrays leave `x @ tall` to this class
 
     def __init__(self, w):
         self.w, self.n_read = w, 0
+
+    def __array__(self, dtype=None, copy=None):
+        return numpy.array(self.w, dtype, copy=copy)
 
     def __rmatmul__(self, x):
         self.n_read += x.size == x.shape[-1]
@@ -103,9 +107,7 @@ def vmap(f, in_axes=0):
         lengths, mapped = set(), [arg for arg, axis in zip(args, axes, strict=True) if axis == 0]
         map_nest(lambda leaf: lengths.add(len(leaf)), mapped)
         if len(lengths) != 1:
-            raise ValueError(
-                f"in_axes {in_axes!r} and lengths {sorted(lengths)}: one axis 0 at least, all of one length"
-            )
+            raise ValueError(f"in_axes {in_axes!r}, lengths {sorted(lengths)}: one axis 0 at least, one length for all")
         (n_batch,) = lengths
 
         def row(i):

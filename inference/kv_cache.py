@@ -23,7 +23,7 @@ import numpy
 
 import backends
 import gpt2
-from backends import np, update
+from backends import keeps_dtype, np, update
 from checkpoint import map_params, replace_params
 from gpt2 import attention, check_inputs, embed, ffn, layer_norm, linear, merge_heads, split_heads, unembed
 
@@ -52,6 +52,7 @@ def map_cache(f, cache):
     return [tuple(f(array) for array in layer) for layer in cache]
 
 
+@keeps_dtype
 def causal_attention(q, k, v, mask):
     """gpt2.attention under a mask that lets the last query look at all keys, each one before at one key less at least.
     Many queries are served in four parts, and no part computes scores for keys that none of it may look at: of a square
@@ -116,8 +117,8 @@ def compiled(n_head, backend):
 
 
 def load(params, n_head, backend="numpy"):
-    """params -> the Model. They stay as they are; on a CPU, JAX's Model has its matrices a second time, NumPy's in time
-    a quarter of them."""
+    """params -> the Model. They stay as they are, and are not to be changed in place, for the Model may share them. On
+    a CPU, JAX's has all matrices a second time, NumPy's in time those of mlp.c_proj."""
     return take(map_params(lambda _, array: array, params), n_head, backend)
 
 

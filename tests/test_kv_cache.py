@@ -197,11 +197,26 @@ def test_take_gives_the_memory_of_what_it_copies_back(tmp_path):
 
 
 @pytest.mark.parametrize("backend", backends.NAMES)
-def test_the_cache_has_the_params_dtype(backend):
+@pytest.mark.parametrize("n_seq", [1, 3])
+def test_logits_and_cache_have_the_params_dtype(backend, n_seq, monkeypatch):
+    """And so has what goes from block to block."""
     params = backends.get(backend).asarray(checkpoint.cast(random_params(), "bfloat16"))
-    model = kv_cache.load(params, 2, backend)
-    logits, cache = kv_cache.read(model, [1, 2, 3], kv_cache.start(model, 8), 0)
-    assert {array.dtype.name for array in (logits, *cache[0], *cache[1])} == {"bfloat16"}
+    between, block = [], kv_cache.transformer_block
+    monkeypatch.setattr(kv_cache, "transformer_block", lambda x, **b: between.append(x) or block(x, **b))
+    logits, cache = kv_cache.forward(params, [1, 2, 3][:n_seq], kv_cache.new_cache(params, 8, n_head=2), 0, n_head=2)
+    assert len(between) == len(cache) > 1
+    assert {array.dtype.name for array in (logits, *between, *cache[0], *cache[1])} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_long_text_goes_on_as_it_was_while_matrices_are_laid_out_anew(dtype):
+    params = checkpoint.cast(random_params(n_ctx=80, n_embd=520, n_layer=2), dtype)
+    model = kv_cache.load(params, 2)
+    ids = list(kv_cache.greedy(model, [5, 6, 7], 77))
+    assert ids == gpt2.generate([5, 6, 7], params, 2, 77)
+    assert all(block["mlp"]["c_proj"]["w"].w.flags.f_contiguous for block in model.params["blocks"])
+    again = kv_cache.load(model.params, 2)  # what a Model holds is an array to all who ask for one
+    assert list(kv_cache.greedy(again, [5, 6, 7], 9)) == ids[:9]
 
 
 def test_a_position_that_is_traced_gives_what_a_known_one_gives(golden):

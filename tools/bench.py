@@ -115,7 +115,7 @@ class Limits:
     def __init__(self, hparams, params):
         self.hparams, self.weights = hparams, []
         checkpoint.map_params(lambda path, w: self.weights.append(w) if path[-1] == "w" else None, params)
-        # Laid out as the NumPy backend has them in the end, for they are read faster then.
+        # Laid out as the NumPy backend has large ones in the end, for they are read faster then.
         self.weights = [np.asfortranarray(w) if w.shape[0] > w.shape[1] else w for w in self.weights]
         self.wte = params["wte"]
         self.device = f"NumPy {np.__version__}"
@@ -320,8 +320,8 @@ TASKS = {  # name: (task, its arguments, tokens for each time it answers)
 
 def measure(workers, tasks, rounds, progress=lambda: None):
     """({task: {engine: [seconds]}}, {task: {engine: seconds that the first time took longer, as it compiles}},
-    {engine: peak bytes after the first task, which decodes}). In each round all engines are asked in turn for each
-    task, so that rows compare as well as columns; the first round is not counted."""
+    {engine: peak bytes after three times the first task, which decodes}). In each round all engines are asked in turn
+    for each task, so that rows compare as well as columns; the first round is not counted."""
     asked = {name: [w for w in workers if t[0] == "decode" or w.name != "picogpt-style"] for name, t in tasks.items()}
     times, waited = ({name: {worker.name: [] for worker in workers} for name in tasks} for _ in range(2))
     peak = {}
