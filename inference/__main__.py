@@ -1,6 +1,5 @@
 """The front door: from a command line to text. `python gpt2.py` and `python -m inference` are both this program."""
 
-import gc
 import inspect
 import json as json_library
 import sys
@@ -69,7 +68,6 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         print("hint: a prompt ends in a space; tokens begin with theirs, so leave it away", file=sys.stderr)
     if backend != "numpy":
         print(device, file=sys.stderr)
-    gc.freeze()  # all that is here will stay: not to be searched for garbage again and again, a tenth of a cold start
     params = checkpoint.cast(params, dtype)  # under the same name: an older nest would hold what `take` lets go
     model = kv_cache.take(params, hparams["n_head"], backend)
     if num_beams > 1:
