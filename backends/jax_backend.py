@@ -115,8 +115,8 @@ def n_padded(n):
 
 
 def n_cache(n):
-    """The number of positions to make room for where n are needed: the next of 64, 128, 256, ..., likewise."""
-    return max(64, 1 << (n - 1).bit_length())
+    """The number of positions to make room for where n are needed: the next of 64, 128, 256, 512, 768, 1024, ..."""
+    return max(64, 1 << (n - 1).bit_length()) if n <= 256 else -(-n // 256) * 256
 
 
 def jit(f, donate_argnums=()):

@@ -24,7 +24,8 @@ def batched(forward, backend):
 
 def start(model, n_rows, n_tokens):
     """An empty cache for each of n_rows, of at least n_tokens."""
-    cache = model.new_cache(model.params, min(model.n_ctx, model.backend.n_padded(n_tokens)))
+    n_cache = min(model.n_ctx, model.backend.n_padded(n_tokens), model.backend.n_cache(n_tokens))
+    cache = model.new_cache(model.params, n_cache)
     return repeat(cache, n_rows)
 
 
