@@ -4,6 +4,8 @@ import os
 
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"  # each core has a process of its own
 
+import atexit
+import gc
 import importlib
 import json
 import sys
@@ -52,8 +54,11 @@ def command(monkeypatch, capsys):
 
     def run(*argv, main=front_door):
         monkeypatch.setattr(sys, "argv", ["program", *argv])
+        every = gc.get_threshold()
         with pytest.raises(SystemExit) as stopped:
             cli.run(main, "program")
+        gc.set_threshold(*every)  # this process is not the program's own
+        atexit.unregister(gc.freeze)
         out, err = capsys.readouterr()
         return stopped.value.code, out, err
 

@@ -210,12 +210,12 @@ def test_logits_and_cache_have_the_params_dtype(backend, n_seq, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_long_text_goes_on_as_it_was_while_matrices_are_laid_out_anew(dtype):
-    params = checkpoint.cast(random_params(n_ctx=80, n_embd=520, n_layer=2), dtype)
+    params = checkpoint.cast(random_params(n_vocab=200, n_ctx=80, n_embd=520, n_layer=2), dtype)
     model = kv_cache.load(params, 2)
     ids = list(kv_cache.greedy(model, [5, 6, 7], 77))
     assert ids == gpt2.generate([5, 6, 7], params, 2, 77)
     assert all(block["mlp"]["c_proj"]["w"].w.flags.f_contiguous for block in model.params["blocks"])
-    again = kv_cache.load(model.params, 2)  # what a Model holds is an array to all who ask for one
+    again = kv_cache.load(model.params, 2)  # what a Model holds can be loaded again
     assert list(kv_cache.greedy(again, [5, 6, 7], 9)) == ids[:9]
 
 

@@ -78,14 +78,14 @@ def measure_size(found, size, rounds, everything):
 
 def ask(workers, engines, task, argument, rounds):
     """The median seconds of each engine for a task, and under "B" and "F" those of a sweep over the weights and of the
-    operations for N_F tokens. All are asked in turn; the first round is not counted."""
+    operations for N_F tokens. All are asked in turn; two rounds are not counted, in which engines settle in."""
     times = {name: [] for name in (*engines, "B", "F")}
-    for _ in range(1 + rounds):
+    for _ in range(2 + rounds):
         times["B"].append(workers["limits"].ask("decode", 1))
         times["F"].append(workers["limits"].ask("prefill", N_F))
         for name in engines:
             times[name].append(workers[name].ask(task, argument))
-    return {name: statistics.median(t[1:]) for name, t in times.items()}
+    return {name: statistics.median(t[2:]) for name, t in times.items()}
 
 
 def rates(seconds, n):
