@@ -131,3 +131,9 @@ def test_each_round_asks_for_every_row_and_the_first_is_not_counted():
     assert times["batch"] == {"limits": [6, 8], "picogpt-style": []}
     assert peak == {"limits": 3, "picogpt-style": 3}
     assert [set(row) for row in compiling.values()] == [{"limits", "picogpt-style"}, {"limits"}]
+
+
+def test_the_curves_do_not_count_the_rounds_in_which_engines_settle_in():
+    workers = {name: Stopped(name, []) for name in ("limits", "numpy")}
+    found = curves.ask(workers, ["numpy"], "decode", 10, 3)
+    assert found == {"numpy": 4, "B": 7, "F": 8}, "the medians of rounds 3 to 5; the limits are asked twice in each"
