@@ -17,13 +17,12 @@ Dtypes         what goes in comes out: float32, float64 or bfloat16 (@keeps_dtyp
 
 import math
 
-from backends import in_float32, keeps_dtype, np
+from backends import keeps_dtype, np
 
 # ---- The parts ----
 
 
-@keeps_dtype
-@in_float32
+@keeps_dtype(compute="float32")
 def gelu(x):
     """For x of any shape: lets positive numbers through, mutes negative ones (Hendrycks & Gimpel 2016, section 2).
 
@@ -32,8 +31,7 @@ def gelu(x):
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
-@keeps_dtype
-@in_float32
+@keeps_dtype(compute="float32")
 def softmax(x):
     """Scores [..., n] to as many probabilities: positive, and summing to 1 along the last axis."""
     # A shift common to all scores changes nothing, and below a maximum of 0 no exp can overflow.
@@ -41,8 +39,7 @@ def softmax(x):
     return exp_x / exp_x.sum(axis=-1, keepdims=True)
 
 
-@keeps_dtype
-@in_float32
+@keeps_dtype(compute="float32")
 def layer_norm(x, g, b, eps=1e-5):
     """Each vector of x, [..., n_embd], to mean 0 and variance 1, then scaled by g and shifted by b, both [n_embd]
     (Ba et al. 2016, section 3). eps keeps a constant vector from being divided by zero."""

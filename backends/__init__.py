@@ -67,16 +67,20 @@ def update(buffer, new, start):
     return (numpy_backend if namespace_of([buffer]) is numpy else get("jax")).update(buffer, new, start)
 
 
-def keeps_dtype(layer):
-    """A layer whose result has the dtype of its first argument.
+def keeps_dtype(layer=None, *, compute=None):
+    """Decorates a layer: its result gets the dtype of its first argument. Only bfloat16 needs it.
 
-    float32 and float64 do so by themselves. NumPy has no bfloat16 arithmetic of its own and answers in float32.
+    float32 and float64 keep their dtype by themselves. For bfloat16 NumPy answers in float32, so the result is rounded
+    back. compute="float32" also converts the argument first: bfloat16 has 8 significant bits, too few for long sums.
     """
+    if layer is None:
+        return functools.partial(keeps_dtype, compute=compute)
 
     @functools.wraps(layer)
     def wrapped(x, *args, **kwargs):
-        y = layer(x, *args, **kwargs)
-        return y.astype(x.dtype) if x.dtype.itemsize == 2 else y
+        if x.dtype.itemsize != 2:
+            return layer(x, *args, **kwargs)
+        return layer(x if compute is None else x.astype(compute), *args, **kwargs).astype(x.dtype)
 
     return wrapped
 

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 
 import backends
-import checkpoint
 from backends import np
+from weights.params import find_dtype
 
 BACKENDS = [pytest.param(backends.get(name), id=name) for name in backends.NAMES]
 
@@ -75,9 +75,10 @@ def test_update_returns_the_buffer_with_the_new_part(backend):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_matrix_and_table_are_the_arrays_in_what_they_are_for(backend, dtype):
-    rng, dtype = numpy.random.default_rng(0), checkpoint.find_dtype(dtype)
+    rng, dtype = numpy.random.default_rng(0), find_dtype(dtype)
     w, rows, xs = (rng.integers(-3, 4, shape).astype(dtype) for shape in [(4, 6), (7, 4), (130, 4)])  # sums are exact
-    (plain_w, plain_rows), matrix, table = backend.asarray((w, rows)), backend.matrix(w), backend.table(rows)
+    plain_w, plain_rows = backend.asarray((w, rows))
+    matrix, table = backend.prepare({"w": w, "wte": rows}).values()
     for x in backend.asarray([xs[0], xs[:1], xs[:3], xs]):
         for product, expected in [(x @ matrix, x @ plain_w), (x @ table.T, x @ plain_rows.T)]:
             assert product.dtype == expected.dtype
@@ -93,7 +94,7 @@ def test_numpy_lays_out_by_columns_what_is_tall_and_often_read():
     numpy_backend, rng = backends.get("numpy"), numpy.random.default_rng(0)
     w, xs = (rng.integers(-3, 4, shape).astype(numpy.float32) for shape in [(2048, 513), (5, 2048)])  # sums are exact
     expected, kept, released = xs @ w, w, weakref.ref(w)
-    matrix = numpy_backend.matrix(w)
+    matrix = numpy_backend.prepare({"w": w})["w"]
     for i in range(63):
         assert numpy.array_equal(xs @ matrix, expected), "several rows do not count"
         x, y = (xs[i % 5], expected[i % 5]) if i % 2 else (xs[:1], expected[:1])
@@ -113,15 +114,15 @@ def test_numpy_lays_out_by_columns_what_is_tall_and_often_read():
 
 def test_numpy_takes_other_matrices_as_they_are():
     """Wide ones are fast as they are, small ones come from the cache, and BLAS has no bfloat16."""
-    bfloat16 = checkpoint.find_dtype("bfloat16")
+    bfloat16 = find_dtype("bfloat16")
     for shape, dtype in [((513, 2048), "f4"), ((1024, 1024), "f4"), ((2048, 511), "f4"), ((2048, 1025), bfloat16)]:
         w = numpy.zeros(shape, dtype)
-        assert backends.get("numpy").matrix(w) is w
+        assert backends.get("numpy").prepare({"w": w})["w"] is w
 
 
 FREED_AND_TAKEN_AGAIN = """
 import resource, sys, numpy, backends
-backends.get(sys.argv[1]).start()
+backends.get(sys.argv[1]).setup()
 faults = []
 for _ in range(3):
     arrays = [numpy.ones(3 << 20, numpy.uint8) for _ in range(8)]  # 24 MiB; each too small for a large page of memory

@@ -8,8 +8,8 @@ import pytest
 from conftest import cast, oracle, random_params
 
 import gpt2
-from checkpoint import map_params
 from training import loss, model
+from weights.params import flatten
 
 jax = oracle("jax")
 oracle("optax")
@@ -26,9 +26,7 @@ def x64():
 
 
 def leaves(params):
-    found = {}
-    map_params(lambda path, array: found.update({path: np.asarray(array)}), params)
-    return found
+    return {path: np.asarray(array) for path, array in flatten(params).items()}
 
 
 def train(params, batches, optimizer, n_head, n_rows=2, key=0, **settings):

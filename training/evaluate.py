@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 import backends
-import checkpoint
 import cli
 import utils
 from gpt2 import gpt2
 from training import data
 from training.loss import perplexity, token_losses
+from weights.params import cast, find_dtype
 
 
 def main(model: str = "", text: str = "", *, stride: int | None = None, backend: str = "numpy",
@@ -42,8 +42,8 @@ def main(model: str = "", text: str = "", *, stride: int | None = None, backend:
     """
     if not model or not text:
         raise ValueError("name a model, and a text file or a folder of them")
-    device = backends.get(backend).start(dtype)
-    checkpoint.find_dtype(dtype)
+    device = backends.get(backend).setup(dtype)
+    find_dtype(dtype)
     documents = data.read_documents(Path(text))
     encoder, hparams, params = utils.load_encoder_hparams_and_params(model, models_dir)
     stride = hparams["n_ctx"] // 2 or 1 if stride is None else stride
@@ -54,7 +54,7 @@ def main(model: str = "", text: str = "", *, stride: int | None = None, backend:
         raise ValueError(f"{text}: {len(ids)} token is too short: the first one is not predicted")
     if backend != "numpy":
         print(device, file=sys.stderr)
-    nats = total_loss(checkpoint.cast(params, dtype), ids, hparams["n_ctx"], stride, hparams["n_head"], backend)
+    nats = total_loss(cast(params, dtype), ids, hparams["n_ctx"], stride, hparams["n_head"], backend)
     found = report(nats, ids, encoder, stride)
     print(json_library.dumps(found) if json else table(found))
 

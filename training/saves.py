@@ -7,8 +7,8 @@
     models/mine/metrics.jsonl          a line for each step and each evaluation
 
 Batches and dropout are functions of the seed and the number of the step (data.draw, jax.random.fold_in), so the two are
-the state of chance and the place in the data. A file gets its name when it is whole (save.replacing). The training file
-comes last: if it is there, so is the model that belongs to it. The last two of each stay.
+the state of chance and the place in the data. A file gets its name when it is whole (weights.files.replacing). The
+training file comes last: if it is there, so is the model that belongs to it. The last two of each stay.
 """
 
 import json
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from save import replacing, save_model, write_text
+from utils import save_model
+from weights.files import replacing, write_text
 
 
 def save_run(folder, step, leaves, counters):

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import optax
 
-from checkpoint import map_params, param_shapes
 from training.loss import lm_loss, token_losses
 from training.model import dropout, forward
+from weights.params import param_shapes, unflatten
 
 
 def init_params(hparams, seed):
@@ -29,7 +29,7 @@ def init_params(hparams, seed):
         scale = 0.02 / (math.sqrt(2 * hparams["n_layer"]) if "c_proj" in path else 1)
         return rng.normal(scale=scale, size=shape).astype(np.float32)
 
-    return map_params(init, param_shapes(**hparams))
+    return unflatten({path: init(path, shape) for path, shape in param_shapes(**hparams).items()})
 
 
 def learning_rate(peak, n_warmup, n_steps):

@@ -21,9 +21,10 @@ import backends
 import cli
 import utils
 from inference import kv_cache, sampling
-from inference.stream import Row, stream
-from save import new_folder, replacing, save_tokenizer
+from inference.generate import Sequence, generate
 from training import data, saves
+from utils import save_tokenizer
+from weights.files import new_folder, replacing
 
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 192, "n_ctx": 256}
 FREE = ("data", "out", "patience", "resume", *SIZES)  # as flags; the sizes are compared as they turned out
@@ -66,7 +67,7 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
     """
     settings = SimpleNamespace(**locals())
     check(settings)
-    print(backends.get(backend).start(dtype), file=sys.stderr)
+    print(backends.get(backend).setup(dtype), file=sys.stderr)
     try:
         run = Run(settings)
         if resume:
@@ -270,8 +271,9 @@ class Run:
         params = self.to_numpy(self.state[0])
         end_ids = [] if self.encoder.end_of_text is None else [self.encoder.end_of_text]
         start, n = end_ids or [0], min(40, self.hparams["n_ctx"] - 1)
-        row = Row(self.encoder, start, n, sampling.Settings(temperature=0.8), end_ids=end_ids, seed=self.settings.seed)
-        text = "".join(stream(kv_cache.load(params, self.hparams["n_head"]), row))
+        warm = sampling.SamplingParams(temperature=0.8)
+        row = Sequence(self.encoder, start, n, warm, end_ids=end_ids, seed=self.settings.seed)
+        text = "".join(generate(kv_cache.make_model(params, self.hparams["n_head"], backends.get("numpy")), row))
         return " ".join(text.split())
 
 
