@@ -63,8 +63,11 @@ np = _Namespace()
 
 
 def update(buffer, new, start):
-    """`update` of the backend that `buffer` belongs to: see there."""
-    return (numpy_backend if namespace_of([buffer]) is numpy else get("jax")).update(buffer, new, start)
+    """`update` of the backend that the arguments belong to: see there."""
+    library = namespace_of((buffer, new, start))
+    if library is numpy:
+        return numpy_backend.update(buffer, new, start)
+    return (library if hasattr(library, "update") else get("jax")).update(buffer, new, start)
 
 
 def keeps_dtype(layer):

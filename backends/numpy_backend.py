@@ -1,7 +1,5 @@
 """What a backend does, in plain NumPy. Lay it beside jax_backend.py, the same names: here stands what they mean."""
 
-import functools
-
 import numpy
 
 
@@ -97,26 +95,11 @@ def jit(f, donate_argnums=()):
 def vmap(f, in_axes=0):
     """f for one -> f for a batch: the arguments whose axis is 0 hold one per row, those with None serve all rows.
 
-    A loop, and the results stacked. Arguments and results may be nests of arrays.
+    No loop: each operation in f becomes one that does all rows at once. Arguments and results may be nests of arrays.
     """
+    from backends import numpy_vmap
 
-    def batched(*args):
-        axes = in_axes if isinstance(in_axes, (tuple, list)) else [in_axes] * len(args)
-        if set(axes) - {0, None}:
-            raise ValueError(f"in_axes {in_axes!r}: each must be 0 or None")
-        lengths, mapped = set(), [arg for arg, axis in zip(args, axes, strict=True) if axis == 0]
-        map_nest(lambda leaf: lengths.add(len(leaf)), mapped)
-        if len(lengths) != 1:
-            raise ValueError(f"in_axes {in_axes!r}, lengths {sorted(lengths)}: one axis 0 at least, one length for all")
-        (n_batch,) = lengths
-
-        def row(i):
-            take = functools.partial(map_nest, lambda leaf: leaf[i])
-            return (arg if axis is None else take(arg) for arg, axis in zip(args, axes, strict=True))
-
-        return map_nest(lambda *rows: numpy.stack(rows), *(f(*row(i)) for i in range(n_batch)))
-
-    return batched
+    return numpy_vmap.vmap(f, in_axes)
 
 
 def scan(f, carry, rows):
