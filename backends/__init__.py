@@ -85,16 +85,3 @@ def keeps_dtype(layer=None, *, compute=None):
         return layer(x if compute is None else x.astype(compute), *args, **kwargs).astype(x.dtype)
 
     return wrapped
-
-
-def in_float32(layer):
-    """A layer that takes a bfloat16 argument to float32, computes there, and rounds only its result.
-
-    bfloat16 carries 8 significant bits: a sum of a thousand such terms would lose the small ones on the way.
-    """
-
-    @functools.wraps(layer)
-    def wrapped(x, *args, **kwargs):
-        return layer(x.astype(numpy.float32) if x.dtype.itemsize == 2 else x, *args, **kwargs)
-
-    return wrapped

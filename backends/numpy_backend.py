@@ -55,6 +55,17 @@ def vmap(f, in_axes=0):
     return numpy_vmap.vmap(f, in_axes)
 
 
+def scan(f, carry, rows):
+    """A loop in which each round hands `carry` to the next: carry, y = f(carry, row) for each row of the tree `rows`,
+    whose arrays are cut along axis 0. Returns (the last carry, the y stacked)."""
+    lengths, results = [], []
+    tree_map(lambda leaf: lengths.append(len(leaf)), rows)
+    for i in range(lengths[0]):
+        carry, y = f(carry, tree_map(lambda leaf, i=i: leaf[i], rows))
+        results.append(y)
+    return carry, tree_map(lambda *parts: numpy.stack(parts), *results)
+
+
 def update(buffer, new, start):
     """`buffer` with `new` written at the indices `start`, one for each axis. Use only what is returned.
 
