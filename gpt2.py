@@ -15,6 +15,14 @@ Dtypes         what goes in comes out: float32, float64 or bfloat16 (@keeps_dtyp
 [Transformer]  Vaswani et al. 2017, "Attention Is All You Need"
 """
 
+if __name__ == "__main__":  # run as a program: find the other files even under python -P, and take care of Ctrl-C
+    import sys
+
+    sys.path.insert(0, __file__.removesuffix("gpt2.py"))
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import math
 
 from backends import in_float32, keeps_dtype, np
@@ -184,7 +192,6 @@ def main(prompt="", **flags):
 
 
 if __name__ == "__main__":
-    import cli
     from inference.__main__ import main as front_door
 
     cli.run(front_door, "gpt2.py")

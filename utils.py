@@ -7,6 +7,14 @@ Both end as the same `params`: checkpoint.py reads them.
     python utils.py convert models/3M out --layout hf        writes a model in the other layout: see save.py
 """
 
+if __name__ == "__main__":  # run as a program: find the other files even under python -P, and take care of Ctrl-C
+    import sys
+
+    sys.path.insert(0, __file__.removesuffix("utils.py"))
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import base64
 import contextlib
 import difflib

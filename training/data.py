@@ -9,6 +9,11 @@
 one and starts the next, and a model that is asked to begin with it begins a document.
 """
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import json
 import sys
 from pathlib import Path

@@ -6,6 +6,11 @@ Draw a batch, take a step, write down the loss; every so often look at text the 
 and save. loss.py says what is lowered, step.py how, saves.py what outlives an interruption.
 """
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import contextlib
 import importlib
 import json
