@@ -23,7 +23,7 @@ import numpy
 
 import backends
 import gpt2
-from backends import keeps_dtype, np, update
+from backends import keeps_dtype, np, numpy_threads, update
 from checkpoint import map_params, replace_params
 from gpt2 import attention, check_inputs, embed, ffn, layer_norm, linear, merge_heads, split_heads, unembed
 
@@ -113,7 +113,8 @@ def forward(params, tokens, cache, position, last=None, *, n_head, jit=lambda f:
 def compiled(n_head, backend):
     """`forward` for a backend by its name, compiled once in a process for all calls of the same shapes."""
     jit = backends.get(backend).jit
-    return jit(functools.partial(forward, n_head=n_head, jit=jit), donate_argnums=(2,))
+    step = jit(functools.partial(forward, n_head=n_head, jit=jit), donate_argnums=(2,))
+    return numpy_threads.adaptive(step) if backend == "numpy" else step
 
 
 def load(params, n_head, backend="numpy"):
