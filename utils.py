@@ -8,6 +8,14 @@ tokenizer). Both are loaded as the same `params`.
     python utils.py convert models/3M out --layout hf        writes a model in the other layout
 """
 
+if __name__ == "__main__":  # run as a program: Ctrl-C ends it from here on
+    import sys
+
+    sys.path.insert(0, __file__.removesuffix("utils.py"))
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import contextlib
 import difflib
 import json
@@ -182,7 +190,6 @@ def save_model(folder, hparams, params, layouts=LAYOUTS, name="model.ckpt", endi
 
 
 if __name__ == "__main__":
-    import cli
     from tools import models
 
     cli.run({"verify": models.verify, "convert": models.convert}, "utils.py")

@@ -3,7 +3,7 @@ names in the same order and compiles."""
 
 import numpy
 
-from backends import numpy_vmap
+from backends import numpy_threads, numpy_vmap
 from backends.numpy_layout import keep_freed_memory, prepare
 from weights.params import tree_map
 
@@ -64,6 +64,12 @@ def scan(f, carry, rows):
         carry, y = f(carry, tree_map(lambda leaf, i=i: leaf[i], rows))
         results.append(y)
     return carry, tree_map(lambda *parts: numpy.stack(parts), *results)
+
+
+def tune(step):
+    """The function step(params, tokens, ...), tuned while it runs: it gets the number of BLAS threads that is fastest
+    at the moment (numpy_threads.py)."""
+    return numpy_threads.adaptive(step)
 
 
 def update(buffer, new, start):

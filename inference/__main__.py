@@ -1,5 +1,10 @@
 """The front door: from a command line to text. `python gpt2.py` and `python -m inference` both run this program."""
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import inspect
 import json as json_library
 import sys

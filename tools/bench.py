@@ -10,6 +10,11 @@ Limits, measured in the same rounds: a token of one text needs each weight once,
 is the least it can take; 512 tokens at once need as many multiplications as one large product of that size.
 """
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import contextlib
 import importlib.util
 import json as json_library
@@ -407,6 +412,7 @@ def main(model_size: str = "124M", *, models_dir: str = "", against: str = "", r
     if worker:
         serve(json_library.loads(worker))
         return
+    cli.unwind_on_ctrl_c()  # the temporary folder is to be removed
     engines, folder, hparams = check(model_size, models_dir, against, rounds, dtype, backend, plot)
     tasks = {name: task for name, task in TASKS.items() if task[1][0] < hparams["n_ctx"] - N_DECODE}
     with tempfile.TemporaryDirectory() as scratch:

@@ -12,6 +12,11 @@ Changed a line? `--save before.npz` first, and `--against before.npz` after: it 
 gpt2.py knows nothing of this: its functions are wrapped from outside for the time of one run.
 """
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import contextlib
 import functools
 import inspect

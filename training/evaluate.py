@@ -11,6 +11,11 @@ A perplexity is per token, so it compares only models with the same tokenizer. B
 Jelinek et al. 1977 (perplexity); Graves 2013, "Generating Sequences With Recurrent Neural Networks", section 3 (bits).
 """
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import functools
 import json as json_library
 import math
