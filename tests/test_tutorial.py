@@ -19,8 +19,8 @@ PICTURES = re.findall(r"\]\(pictures/(\w+)\.png\)", TUTORIAL)
 def outputs(program):
     """(what a program should print, the program without these lines)"""
     lines = program.splitlines()
-    expected = [line[2:].removeprefix(" ") for line in lines if line.startswith("#>")]
-    return expected, "\n".join(line for line in lines if not line.startswith("#>"))
+    expected = [line[2:].removeprefix(" ") for line in lines if line.startswith("#:")]
+    return expected, "\n".join(line for line in lines if not line.startswith("#:"))
 
 
 def test_programs_print_what_stands_below_them(monkeypatch):
