@@ -13,11 +13,10 @@ import types
 
 import numpy
 
-from backends import numpy_backend
-
 NAMES = ("numpy", "jax")
 
 
+@functools.lru_cache
 def get(name):
     """The module that computes with `name`, "numpy" or "jax". Raises ValueError for any other, or if it is missing."""
     if name not in NAMES:
@@ -63,8 +62,11 @@ np = _Namespace()
 
 
 def update(buffer, new, start):
-    """`update` of the backend that `buffer` belongs to: see there."""
-    return (numpy_backend if namespace_of([buffer]) is numpy else get("jax")).update(buffer, new, start)
+    """`update` of the backend that the arguments belong to: see there."""
+    library = namespace_of((buffer, new, start))
+    if library is numpy:
+        return get("numpy").update(buffer, new, start)
+    return (library if hasattr(library, "update") else get("jax")).update(buffer, new, start)
 
 
 def keeps_dtype(layer=None, *, compute=None):
