@@ -64,6 +64,17 @@ def call(main, program, arguments):
     return 0
 
 
+def stdin_is_piped():
+    """Whether stdin is a pipe or a file, as in `echo text | program`."""
+    import stat
+
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
 def help_text(main, program):
     if isinstance(main, dict):
         return "\n".join(

@@ -17,14 +17,14 @@ Sources: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Su
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", §2.2 (on bytes).
 """
 
-import codecs
 import functools
 import heapq
-import json
 from collections import defaultdict
 from pathlib import Path
 
 import regex
+
+from weights.files import read_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"  # stands between the documents a model was trained on; the one special token of GPT-2
 
@@ -89,19 +89,6 @@ class Encoder:
     def decode(self, ids):
         """ids -> str. Bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id outside the vocabulary."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
-
-    def stream(self, ids):
-        """Any iterable of ids -> an iterator over pieces of text, each as soon as its last character is complete.
-
-        Joined, the pieces are what decode gives. An emoji is four bytes, often in three tokens: the first two give
-        nothing. Bytes still missing when ids end become U+FFFD then.
-        """
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for i in ids:
-            if piece := decoder.decode(self.token_bytes(i)):
-                yield piece
-        if piece := decoder.decode(b"", final=True):
-            yield piece
 
     def token_bytes(self, i):
         """One id -> its bytes, which need not be whole characters."""
@@ -174,25 +161,6 @@ def replace_lone_surrogates(text):
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def read_text(path):
-    """The text of a file in UTF-8. Raises OSError naming the file if it cannot be read or holds something else."""
-    try:
-        return Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise OSError(f"{path}: no UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-def read_json(path):
-    """The object in a JSON file. Raises OSError naming the file if it cannot be read or holds something else."""
-    try:
-        found = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise OSError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise OSError(f"{path}: a JSON object was expected, not {type(found).__name__}")
-    return found
 
 
 def get_encoder(model_size, models_dir):

@@ -7,9 +7,8 @@ import pytest
 from conftest import cast, oracle, random_params
 
 import backends
-from backends.numpy_backend import map_nest as tree_map
-from checkpoint import map_params
 from training import optimizer
+from weights.params import flatten, tree_map
 
 BACKENDS = ["numpy", "jax"]
 SETTINGS = {"weight_decay": 0.3, "beta2": 0.95}
@@ -17,16 +16,14 @@ PEAK, N_WARMUP, N_STEPS, LIMIT = 0.01, 3, 10, 20.0
 
 
 def leaves(tree):
-    found = {}
-    map_params(lambda path, array: found.update({path: np.asarray(array)}), tree)
-    return found
+    return {path: np.asarray(array) for path, array in flatten(tree).items()}
 
 
 def gradients_of(params, n_done):
     """Random ones: small, and every third time too large for LIMIT. One is always 0."""
     rng = np.random.default_rng(n_done)
     size = 5.0 if n_done % 3 == 2 else 0.1
-    gradients = map_params(lambda _, p: rng.normal(scale=size, size=p.shape).astype(p.dtype), params)
+    gradients = tree_map(lambda p: rng.normal(scale=size, size=p.shape).astype(p.dtype), params)
     return gradients | {"wpe": np.zeros_like(params["wpe"])}
 
 

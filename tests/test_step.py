@@ -9,10 +9,9 @@ from conftest import cast, oracle, random_params
 
 import backends
 import gpt2
-from backends.numpy_backend import map_nest as tree_map
-from checkpoint import map_params
 from training import loss, model, optimizer
 from training import step as library
+from weights.params import flatten, tree_map
 
 BACKENDS = ["numpy", "jax"]
 TINY = {"n_vocab": 5, "n_ctx": 4, "n_embd": 4, "n_head": 2, "n_layer": 1}
@@ -30,9 +29,7 @@ def x64(request):
 
 
 def leaves(params):
-    found = {}
-    map_params(lambda path, array: found.update({path: np.asarray(array)}), params)
-    return found
+    return {path: np.asarray(array) for path, array in flatten(params).items()}
 
 
 def train(

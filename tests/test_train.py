@@ -16,12 +16,11 @@ import pytest
 from conftest import GOLDEN, ROOT, oracle
 
 import backends
-import checkpoint
 import utils
-from backends.numpy_backend import map_nest as tree_map
 from training import data, optimizer, saves, train
 from training import step as library
 from training.loss import lm_loss
+from weights.params import flatten, tree_map
 
 jax = oracle("jax")
 BACKENDS = ["numpy", "jax"]
@@ -79,10 +78,8 @@ def losses(folder):
 
 
 def params_of(folder):
-    found = {}
     params = utils.load_encoder_hparams_and_params(str(folder))[2]
-    checkpoint.map_params(lambda path, array: found.update({path: np.array(array)}), params)
-    return found
+    return {path: np.array(array) for path, array in flatten(params).items()}
 
 
 def test_from_text_to_a_model_that_writes(whole, command):
@@ -131,7 +128,8 @@ def test_both_layouts_hold_the_same_model(whole):
     folder = whole[0]
     hf = utils.load_gpt2_params_from_hf(folder / "model.safetensors", utils.read_hparams(folder))
     tf = params_of(folder)
-    checkpoint.map_params(lambda path, array: np.testing.assert_array_equal(array, tf[path]), hf)
+    for path, array in flatten(hf).items():
+        np.testing.assert_array_equal(array, tf[path])
     assert (folder / "vocab.json").read_bytes() == (folder / "encoder.json").read_bytes()
     assert saves.saved_steps(folder) == [6, 9], "the last two"
     assert not list(folder.parent.glob("**/*.part"))
@@ -205,11 +203,11 @@ def test_a_damaged_line_of_metrics_is_noticed(damage, whole, start, tmp_path):
 
 SAVING = """
 import sys, numpy as np
-from checkpoint import map_params, param_shapes
+from weights.params import param_shapes, unflatten
 from training import saves
 hparams = {"n_vocab": 512, "n_ctx": 64, "n_embd": 64, "n_head": 2, "n_layer": 2}
 for step in range(int(sys.argv[2]), 10**6):
-    params = map_params(lambda _, shape: np.full(shape, step, np.float32), param_shapes(**hparams))
+    params = unflatten({path: np.full(shape, step, np.float32) for path, shape in param_shapes(**hparams).items()})
     saves.save_best(sys.argv[1], step, hparams, params)
     saves.save_run(sys.argv[1], step, {"mean": params}, {"step": step})
     print(step, flush=True)
@@ -384,7 +382,7 @@ def test_resuming_with_other_settings_and_starting_over(whole, start, tmp_path):
 def test_a_broken_model_to_start_from_is_one_line(command, ids, tmp_path, golden):
     model = tmp_path / "broken"
     shutil.copytree(GOLDEN, model)
-    params = checkpoint.map_params(lambda _, array: array * np.float32("nan"), golden["params"])
+    params = tree_map(lambda array: array * np.float32("nan"), golden["params"])
     saves.save_model(model, golden["hparams"], params, ["tf"])
     arguments = [str(ids), "--out", str(tmp_path / "run"), "--init_from", str(model)]
     status, out, err = command(*arguments, main=train.main)

@@ -20,8 +20,9 @@ import numpy as np
 
 import cli
 import utils
-from encoder import END_OF_TEXT, SPELL, get_encoder, read_text
-from save import new_folder, replacing, save_tokenizer, write_text
+from encoder import END_OF_TEXT, SPELL, get_encoder
+from utils import save_tokenizer
+from weights.files import new_folder, read_text, replacing, write_text
 
 PARTS = ("train", "validation")
 

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 
 import backends
-import checkpoint
 import cli
 import utils
 from gpt2 import gpt2
 from training import data
 from training.loss import perplexity, token_losses
+from weights.params import cast, find_dtype, not_finite
 
 
 def main(model: str = "", text: str = "", *, stride: int | None = None, backend: str = "numpy",
@@ -43,8 +43,8 @@ def main(model: str = "", text: str = "", *, stride: int | None = None, backend:
     """
     if not model or not text:
         raise ValueError("name a model, and a text file or a folder of them")
-    device = backends.get(backend).start(dtype)
-    checkpoint.find_dtype(dtype)
+    device = backends.get(backend).setup(dtype)
+    find_dtype(dtype)
     documents = data.read_documents(Path(text))
     encoder, hparams, params = utils.load_encoder_hparams_and_params(model, models_dir)
     stride = hparams["n_ctx"] // 2 or 1 if stride is None else stride
@@ -56,19 +56,11 @@ def main(model: str = "", text: str = "", *, stride: int | None = None, backend:
     if backend != "numpy":
         print(device, file=sys.stderr)
     with np.errstate(all="ignore"):  # infinite weights are reported below, in one line
-        nats = total_loss(checkpoint.cast(params, dtype), ids, hparams["n_ctx"], stride, hparams["n_head"], backend)
+        nats = total_loss(cast(params, dtype), ids, hparams["n_ctx"], stride, hparams["n_head"], backend)
     if not math.isfinite(nats):
-        reason = "; ".join(not_finite(params)) or f"{dtype} overflows, try --dtype float64"
-        raise OSError(f"the loss of {model} on {text} is {nats}: {reason}")
+        raise OSError(f"the loss of {model} on {text} is {nats}: {not_finite(params)}")
     found = report(nats, ids, encoder, stride)
     print(json_library.dumps(found) if json else table(found))
-
-
-def not_finite(params):
-    """The names of the tensors that hold NaN or infinity, each with a remark."""
-    wrong = []
-    checkpoint.map_params(lambda path, array: wrong.append(path) if not np.isfinite(array).all() else None, params)
-    return [f"{checkpoint.tf_name(path)} holds NaN or infinity" for path in wrong[:3]]
 
 
 def windows(n_ids, n_ctx, stride):

@@ -7,8 +7,8 @@
     models/mine/metrics.jsonl          a line for each step and each evaluation
 
 Batches and dropout masks are functions of the seed and the number of the step (data.draw, model.dropout_keys), so no
-state of a random generator has to be saved. A file gets its name when it is complete (save.replacing). The training
-file is written last: if it exists, so does the model that belongs to it. The last two of each are kept.
+state of a random generator has to be saved. A file gets its name when it is complete (weights.files.replacing). The
+training file is written last: if it exists, so does the model that belongs to it. The last two of each are kept.
 """
 
 import json
@@ -18,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import map_params
-from save import replacing, save_model, write_text
+from utils import save_model
+from weights.files import replacing, write_text
+from weights.params import flatten
 
 
 def save_run(folder, step, state, counters):
     """Saves a run after `step` steps: `state`, a tree of NumPy arrays, and `counters`, what JSON can hold. Deletes all
     but the last two."""
-    arrays = {}
-    map_params(lambda path, array: arrays.update({array_name(path): array}), state)
+    arrays = {array_name(path): array for path, array in flatten(state).items()}
     with replacing(Path(folder) / f"training-{step}.npz") as part, open(part, "wb") as file:
         np.savez(file, counters=json.dumps(counters), **arrays)
     for old in saved_steps(folder)[:-2]:

@@ -15,11 +15,10 @@ import math
 import numpy
 
 from backends import np
-from backends.numpy_backend import map_nest as tree_map
-from checkpoint import find_dtype, map_params, param_shapes
 from training import optimizer
 from training.loss import lm_loss, token_losses
 from training.model import dropout, dropout_keys, forward
+from weights.params import find_dtype, param_shapes, tree_map, unflatten
 
 
 def init_params(hparams, seed):
@@ -34,7 +33,7 @@ def init_params(hparams, seed):
         scale = 0.02 / (math.sqrt(2 * hparams["n_layer"]) if "c_proj" in path else 1)
         return rng.normal(scale=scale, size=shape).astype(numpy.float32)
 
-    return map_params(init, param_shapes(**hparams))
+    return unflatten({path: init(path, shape) for path, shape in param_shapes(**hparams).items()})
 
 
 def make_loss(library, n_head, dropout_rate=0.0, dtype="float32"):

@@ -22,13 +22,13 @@ import backends
 import cli
 import utils
 from backends import np
-from backends.numpy_backend import map_nest as tree_map
-from checkpoint import map_params
 from inference import kv_cache, sampling
-from inference.stream import Row, stream
-from save import new_folder, replacing, save_tokenizer
+from inference.generate import Sequence, generate
 from training import data, optimizer, saves
 from training import step as step_library
+from utils import save_tokenizer
+from weights.files import new_folder, replacing
+from weights.params import flatten, tree_map, unflatten
 
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 192, "n_ctx": 256}
 FREE = ("data", "out", "n_steps", "patience", "resume", *SIZES)  # may differ on --resume; for SIZES, see hparams
@@ -72,7 +72,7 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
     settings = SimpleNamespace(**locals())
     settings.backend = backend or ("jax" if importlib.util.find_spec("jax") else "numpy")
     check(settings)
-    print(backends.get(settings.backend).start(dtype), file=sys.stderr)
+    print(backends.get(settings.backend).setup(dtype), file=sys.stderr)
     try:
         run = Run(settings)
         if resume:
@@ -175,7 +175,7 @@ class Run:
         if self.settings.n_steps < counters["step"]:
             raise ValueError(f"--n_steps {self.settings.n_steps} is fewer than this run has done: {counters['step']}")
         self.counters = counters
-        state = map_params(lambda path, _: arrays[saves.array_name(path)], self.state)
+        state = unflatten({path: arrays[saves.array_name(path)] for path in flatten(self.state)})
         self.state = tree_map(np.array, self.library.asarray(state))
         saves.rewind_metrics(self.folder, counters["step"])
 
@@ -261,8 +261,9 @@ class Run:
         params = self.library.to_numpy(self.state["params"])
         end_ids = [] if self.encoder.end_of_text is None else [self.encoder.end_of_text]
         start, n = end_ids or [0], min(40, self.hparams["n_ctx"] - 1)
-        row = Row(self.encoder, start, n, sampling.Settings(temperature=0.8), end_ids=end_ids, seed=self.settings.seed)
-        text = "".join(stream(kv_cache.load(params, self.hparams["n_head"]), row))
+        warm = sampling.SamplingParams(temperature=0.8)
+        row = Sequence(self.encoder, start, n, warm, end_ids=end_ids, seed=self.settings.seed)
+        text = "".join(generate(kv_cache.make_model(params, self.hparams["n_head"], backends.get("numpy")), row))
         return " ".join(text.split())
 
 
