@@ -76,7 +76,8 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
     try:
         show(flags, model, prompts, sequences)
     except FloatingPointError as error:
-        raise OSError(f"{error}: {not_finite(model.params)}") from None
+        names = not_finite(model.params)
+        raise OSError(f"{error}: " + (f"NaN or infinity in {names}" if names else f"{dtype} overflows")) from None
 
 
 def as_texts(texts):
@@ -141,7 +142,8 @@ def sampling_params(flags, tokenizer=None, model=None):
     if tokenizer:
         words = [word.strip() for word in flags.bad_words]
         of_model["bad_words"] = tuple(tuple(tokenizer.encode(space + word)) for word in words for space in ("", " "))
-        of_model |= {"end_ids": model.end_ids, "n_tokens": len(tokenizer.spellings)}
+        of_model |= {"end_ids": model.end_ids}
+        of_model["banned"] = utils.ids_without_token(tokenizer, model.n_vocab, model.end_ids)
     return sampling.SamplingParams(
         flags.temperature, flags.top_k, flags.top_p, flags.repetition_penalty, flags.min_new_tokens,
         min_p=flags.min_p, no_repeat_ngram_size=flags.no_repeat_ngram_size, **of_model,
