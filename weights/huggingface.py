@@ -43,13 +43,13 @@ def read_hparams(path):
     """{n_vocab, n_ctx, n_embd, n_head, n_layer} of a config.json. Raises OSError for a file that is damaged, or that
     describes something gpt2.py would compute differently."""
     config = read_json(path)
+    hparams = check_hparams(path, config, HF_NAMES)
     supported = {"model_type": ("gpt2",), "activation_function": GELUS, "layer_norm_epsilon": (1e-5,)}
     supported |= {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)}
     supported |= {"add_cross_attention": (False,), "tie_word_embeddings": (True,), "quantization_config": (None,)}
     for name, values in supported.items():
         if (value := config.get(name, values[0])) not in values:
             raise OSError(f"{path}: {name} is {value!r:.60}, GPT-2's is {values[0]!r}: no other model is computed here")
-    hparams = check_hparams(path, config, HF_NAMES)
     n_inner = 4 * hparams["n_embd"]
     if config.get("n_inner") not in (None, n_inner):
         raise OSError(f"{path}: n_inner is {config['n_inner']!r:.60}, GPT-2's is 4 * n_embd = {n_inner}")
