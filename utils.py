@@ -119,20 +119,25 @@ class Ending(NamedTuple):
 
 def read_ending(folder, encoder, hparams):
     """The Ending of a model folder: `end_ids` and `stop_at_eos` of hparams.json, or `eos_token_id` of Hugging Face's
-    generation_config.json, or of its config.json if there is no such file. Where neither says anything: <|endoftext|>,
-    at which OpenAI's models do not stop (they go on with another document) and others do. Raises OSError for values
-    that are no token ids."""
-    file = folder / ("generation_config.json" if is_hf_folder(folder) else "hparams.json")
-    found = read_json(file) if file.exists() else {}
-    fallback = () if encoder.end_of_text is None else (encoder.end_of_text,)
-    end_ids = found.get("eos_token_id", found.get("end_ids"))
-    if is_hf_folder(folder) and file.exists() and end_ids is None:
-        return Ending(fallback, False)
-    end_ids = fallback if end_ids is None else tuple(end_ids) if isinstance(end_ids, list) else (end_ids,)
-    if odd := [i for i in end_ids if type(i) is not int or not 0 <= i < hparams["n_vocab"]]:
+    generation_config.json, or of config.json where that is missing. Raises OSError for values that are no token ids.
+
+    Where nothing is said, <|endoftext|> ends a text. OpenAI's models do not stop at it (they go on with another
+    document), nor do Hugging Face's without an eos_token_id; others do.
+    """
+    if is_hf_folder(folder):
+        file = next(folder / name for name in ("generation_config.json", "config.json") if (folder / name).exists())
+        end_ids = read_json(file).get("eos_token_id")
+        stop_at_eos, limit = end_ids is not None, 2**24  # transformers writes 50256 even for fewer tokens
+    else:
+        file, limit = folder / "hparams.json", hparams["n_vocab"]
+        found = read_json(file)
+        end_ids, stop_at_eos = found.get("end_ids"), found.get("stop_at_eos", limit != 50257)
+    if end_ids is None:
+        end_ids = [] if encoder.end_of_text is None else [encoder.end_of_text]
+    end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
+    if odd := [i for i in end_ids if type(i) is not int or not 0 <= i < limit]:
         raise OSError(f"{file}: the end id {odd[0]!r:.40} is not one of the {hparams['n_vocab']} token ids")
-    is_openai = hparams["n_vocab"] == 50257
-    return Ending(end_ids, found.get("stop_at_eos", "eos_token_id" in found or not is_openai))
+    return Ending(tuple(i for i in end_ids if i < hparams["n_vocab"]), bool(stop_at_eos))
 
 
 @functools.lru_cache
