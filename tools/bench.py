@@ -298,7 +298,7 @@ def save_random_model(folder, hparams):
     """Random weights as a model folder in OpenAI's layout, with a tokenizer that knows bytes and made-up words."""
     folder = Path(folder)
     save_gpt2_params_to_tf_ckpt(folder / "model.ckpt", random_params(hparams))
-    spellings = [*SPELL.values(), *(f"t{i}" for i in range(256, hparams["n_vocab"] - 1)), END_OF_TEXT]
+    spellings = [*SPELL.values(), *(f"<{i}>" for i in range(256, hparams["n_vocab"] - 1)), END_OF_TEXT]
     ids = {spelling: i for i, spelling in enumerate(spellings)}
     (folder / "encoder.json").write_text(json_library.dumps(ids), encoding="utf-8")
     (folder / "vocab.bpe").write_text("#version: 0.2\n", encoding="utf-8")

@@ -30,7 +30,7 @@ import utils
 from gpt2 import gpt2
 from training import data
 from training.loss import perplexity, token_losses
-from weights.params import cast, find_dtype, not_finite
+from weights.params import cast, find_dtype, why_not_finite
 
 
 def main(model: str = "", text: str = "", *, stride: int | None = None, backend: str = "numpy",
@@ -63,7 +63,7 @@ def main(model: str = "", text: str = "", *, stride: int | None = None, backend:
     with np.errstate(all="ignore"):  # infinite weights are reported below, in one line
         nats = total_loss(cast(params, dtype), ids, hparams["n_ctx"], stride, hparams["n_head"], backend)
     if not math.isfinite(nats):
-        raise OSError(f"the loss of {model} on {text} is {nats}: {not_finite(params)}")
+        raise OSError(f"the loss of {model} on {text} is {nats}: {why_not_finite(params, dtype)}")
     found = report(nats, ids, encoder, stride)
     print(json_library.dumps(found) if json else table(found))
 
