@@ -98,7 +98,7 @@ def test_what_may_have_no_end_is_not_read(command, tmp_path):
     for name in (tmp_path / "texts", tmp_path / "texts" / "pipe.txt", "/dev/zero"):
         status, out, err = prepare(command, name, tmp_path / "data")
         assert (status, out, err.count("\n")) == (1, "", 1)
-        assert "is a pipe or a device" in err
+        assert "a pipe or a device, not a file" in err
 
 
 @pytest.mark.parametrize("n", [2, 3, 10, 57])
