@@ -263,11 +263,11 @@ def update(f, buffer, new, start):
         return f(buffer, new, (0, *start))
     starts = [[part.array[i] if isinstance(part, Rows) else part for part in start] for i in range(n_batch)]
     rows = [f(buffer[i], new[i], starts[i]) for i in range(n_batch)]
-    return buffer if isinstance(buffer, numpy.ndarray) else np.stack(rows)
+    return np.stack(rows) if isinstance(rows[0], Tracer) else buffer
 
 
 ELEMENTWISE = """
-add subtract multiply divide floor_divide remainder power maximum minimum clip where negative absolute abs sign square
+add subtract multiply divide floor_divide remainder power maximum minimum where negative absolute abs sign square
 exp log sqrt tanh sin cos floor ceil less less_equal greater greater_equal equal not_equal isnan isinf isfinite
 logical_and logical_or logical_not bitwise_and bitwise_or invert copy zeros_like ones_like"""
 RULES = {
