@@ -268,13 +268,13 @@ def update(f, buffer, new, start):
     columns = [part.array.tolist() if type(getattr(part, "array", None)) is numpy.ndarray else
                part.array if isinstance(part, Rows) else [part] * n_batch for part in start]  # fmt: skip
     rows = [f(*row) for row in zip(buffer, new, zip(*columns, strict=True), strict=True)]
-    return buffer if isinstance(buffer, numpy.ndarray) else np.stack(rows)
+    return np.stack(rows) if isinstance(rows[0], Tracer) else buffer
 
 
 ELEMENTWISE = """
-add subtract multiply divide floor_divide remainder power maximum minimum clip where negative absolute abs sign square
+add subtract multiply divide floor_divide remainder power maximum minimum where negative absolute abs sign square
 exp log sqrt tanh sin cos floor ceil less less_equal greater greater_equal equal not_equal isnan isinf isfinite
-logical_and logical_or logical_not bitwise_and bitwise_or invert copy zeros_like ones_like"""
+logical_and logical_or logical_not bitwise_and bitwise_or bitwise_xor right_shift invert copy zeros_like ones_like"""
 RULES = {
     **dict.fromkeys(ELEMENTWISE.split(), elementwise),
     **dict.fromkeys(["sum", "max", "min", "any", "all", "flip"], along),
