@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from conftest import ROOT, model_of, shared
+from conftest import ROOT, model_of, openai_tokenizer
 
 import encoder as encoder_module
 import gpt2
@@ -200,6 +200,6 @@ print(peak_memory() - before - 8 * 2 * 1002 * 256 * 4)
 
 
 def test_with_openais_tokenizer_too():
-    words = encoder_module.get_encoder("gpt2_bpe", shared("gpt2_bpe").parent)
+    words = encoder_module.get_encoder("", openai_tokenizer())
     ids = words.encode("Zwölf Boxkämpfer 🥊 jagen 日本語")
     assert "".join(told(words, ids)[2]) == words.decode(ids)

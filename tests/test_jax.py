@@ -244,12 +244,12 @@ def test_the_front_door_names_the_device(dtype, tmp_path):
 
 
 def test_asarray_shares_the_bytes_of_the_file(storyteller, library):
-    """A copy would take as much memory again. On a CPU arrays are shared that begin at a multiple of 64 bytes."""
+    """A copy would take as much memory again. A CPU shares arrays that begin at a multiple of 64 bytes."""
     if jax.default_backend() != "cpu":
         pytest.skip("only a CPU shares its memory")
     mapped = jax.tree.leaves(storyteller[2])
-    shared = jax.tree.leaves(library.asarray(storyteller[2]))
-    assert [array.unsafe_buffer_pointer() for array in shared] == [array.ctypes.data for array in mapped]
+    there = jax.tree.leaves(library.asarray(storyteller[2]))
+    assert [array.unsafe_buffer_pointer() for array in there] == [array.ctypes.data for array in mapped]
 
 
 def test_what_is_read_for_each_token_stands_on_the_left(library):
