@@ -52,8 +52,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
 def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = "", models_dir: str = ""):
     from utils import choose_model, first_ids, load_folder, read_ending
 
-    folder = choose_model(model_size, models_dir)
-    encoder, hparams, params = load_folder(folder)
+    encoder, hparams, params = load_folder(folder := choose_model(model_size, models_dir))
     inputs = first_ids(encoder, prompt)
     if (n_seq := len(inputs)) + n_tokens_to_generate > hparams["n_ctx"]:
         raise ValueError(f"prompt {n_seq} + {n_tokens_to_generate} new tokens > n_ctx {hparams['n_ctx']}")

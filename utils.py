@@ -43,6 +43,11 @@ def load_encoder_hparams_and_params(model_size, models_dir=None, base_url=None):
     return load_folder(find_model(model_size, models_dir, base_url))
 
 
+def load_model(model_size="", models_dir=None, base_url=None):
+    """The same for a front door: the model that choose_model chooses."""
+    return load_folder(choose_model(model_size, models_dir, base_url))
+
+
 def load_folder(folder):
     """(Encoder, hparams, params) of a model folder whose files are there. Raises OSError as above."""
     encoder, hparams = get_encoder(folder.name, folder.parent), read_hparams(folder)

@@ -8,14 +8,15 @@ import pytest
 from conftest import ROOT
 
 A_PROCESS = """
-import gc, cli, gpt2
+import gc, cli
+from inference.__main__ import main as front_door
 
 class Garbage:
     def __del__(self):
         print("found")
 
 def main(prompt: str = ""):
-    gpt2.main(prompt, model_size="3M", n_tokens_to_generate=1)
+    front_door(prompt, model_size="3M", n_tokens_to_generate=1)
     garbage = Garbage()
     garbage.itself = garbage
     print("searched rarely" if gc.get_threshold()[0] > often else "searched often", gc.get_freeze_count())
