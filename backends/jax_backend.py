@@ -72,6 +72,15 @@ def vmap(f, in_axes=0):
     return jax.vmap(f, in_axes=in_axes)
 
 
+def scan(f, carry, rows):
+    """A loop in which each round hands `carry` to the next: carry, y = f(carry, row) for each row of the tree `rows`,
+    whose arrays are cut along axis 0. Returns (the last carry, the y stacked).
+
+    f is traced and compiled once, however many rows there are, and each round uses the memory of the one before.
+    """
+    return jax.lax.scan(f, carry, rows)
+
+
 def update(buffer, new, start):
     """`buffer` with `new` written at the indices `start`, one for each axis. Use only what is returned.
 

@@ -1,10 +1,9 @@
 """The operations of a backend in plain NumPy: what each one means. Read it beside jax_backend.py, which has the same
 names in the same order and compiles."""
 
-import functools
-
 import numpy
 
+from backends import numpy_vmap
 from backends.numpy_layout import keep_freed_memory, prepare
 from weights.params import tree_map
 
@@ -51,26 +50,20 @@ def vmap(f, in_axes=0):
     """f for one example -> f for a batch. Arguments whose entry in in_axes is 0 have one row for each example along
     axis 0; those with None are the same for all. Arguments and results are trees of arrays.
 
-    A loop, and the results stacked. Raises ValueError for other axes and for batches of different lengths.
+    No loop: each operation in f becomes one that computes all rows. Raises ValueError as numpy_vmap.vmap does.
     """
+    return numpy_vmap.vmap(f, in_axes)
 
-    def batched(*args):
-        axes = in_axes if isinstance(in_axes, (tuple, list)) else [in_axes] * len(args)
-        if set(axes) - {0, None}:
-            raise ValueError(f"in_axes {in_axes!r}: each must be 0 or None")
-        lengths, mapped = set(), [arg for arg, axis in zip(args, axes, strict=True) if axis == 0]
-        tree_map(lambda leaf: lengths.add(len(leaf)), mapped)
-        if len(lengths) != 1:
-            raise ValueError(f"in_axes {in_axes!r}, lengths {sorted(lengths)}: one axis 0 at least, one length for all")
-        (n_batch,) = lengths
 
-        def row(i):
-            pick = functools.partial(tree_map, lambda leaf: leaf[i])
-            return (arg if axis is None else pick(arg) for arg, axis in zip(args, axes, strict=True))
-
-        return tree_map(lambda *rows: numpy.stack(rows), *(f(*row(i)) for i in range(n_batch)))
-
-    return batched
+def scan(f, carry, rows):
+    """A loop in which each round hands `carry` to the next: carry, y = f(carry, row) for each row of the tree `rows`,
+    whose arrays are cut along axis 0. Returns (the last carry, the y stacked)."""
+    lengths, results = [], []
+    tree_map(lambda leaf: lengths.append(len(leaf)), rows)
+    for i in range(lengths[0]):
+        carry, y = f(carry, tree_map(lambda leaf, i=i: leaf[i], rows))
+        results.append(y)
+    return carry, tree_map(lambda *parts: numpy.stack(parts), *results)
 
 
 def update(buffer, new, start):
@@ -78,10 +71,10 @@ def update(buffer, new, start):
 
     NumPy writes into the buffer itself, which saves a copy. Raises ValueError where `new` does not fit.
     """
-    place = tuple(slice(i, i + n) for i, n in zip(start, new.shape, strict=True))
-    if min(start) < 0 or buffer[place].shape != new.shape:
+    place = buffer[tuple([slice(i, i + n) for i, n in zip(start, new.shape, strict=True)])]
+    if min(start) < 0 or place.shape != new.shape:
         raise ValueError(f"{list(new.shape)} numbers from {list(start)} on do not fit into {list(buffer.shape)}")
-    buffer[place] = new
+    place[...] = new
     return buffer
 
 

@@ -87,7 +87,8 @@ def test_vmap_on_numpy_gives_each_row_what_it_gives_alone(storyteller):
     tokens = np.array([[1, 2, 3, 4], [9, 8, 7, 6], [5, 5, 5, 5]])
     model = functools.partial(forward, n_head=hparams["n_head"])
     batched = backends.get("numpy").vmap(model, in_axes=(None, 0))(params, tokens)
-    assert np.array_equal(batched, [model(params, row) for row in tokens])
+    alone = np.stack([model(params, row) for row in tokens])
+    assert abs(batched - alone).max() < 2e-6 * abs(alone).max()  # the order of sums may differ, nothing else
 
 
 def spy(monkeypatch, seen):

@@ -51,8 +51,8 @@ def not_finite(params):
         ".".join(map(str, path)) for path, array in flatten(params).items() if not np.isfinite(np.asarray(array)).all()
     ]
     if not names:
-        return "all weights are finite numbers, but too large to compute with in this dtype"
-    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)} hold NaN or infinity"
+        return "all weights are finite numbers, but the computation overflows: try --dtype float64"
+    return f"NaN or infinity in {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}"
 
 
 # ---- Trees ----
