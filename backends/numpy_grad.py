@@ -18,8 +18,8 @@ import numpy
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from backends import np, update
-from backends.numpy_backend import map_nest
 from backends.numpy_levels import PLAIN, Tracer, call, map_args, new_level
+from weights.params import tree_map
 
 
 def value_and_grad(f):
@@ -38,7 +38,7 @@ def value_and_grad(f):
             tape.append([])
             return GradTracer(level, numpy.asarray(leaf) if isinstance(leaf, float) else leaf, tape)
 
-        loss = f(map_nest(trace, params), *args, **kwargs)
+        loss = f(tree_map(trace, params), *args, **kwargs)
         check_float(loss, "the value of f")
         if numpy.shape(loss) != ():
             raise TypeError(f"value_and_grad: the value of f must be one number, not of shape {numpy.shape(loss)}")
@@ -47,7 +47,7 @@ def value_and_grad(f):
             gradients[loss.place], loss = np.ones_like(loss.value), loss.value
         backward(tape, len(leaves), gradients)
         places = iter(range(len(leaves)))
-        return loss, map_nest(lambda leaf: np.copy(gradients.pop(next(places), np.zeros_like(leaf))), params)
+        return loss, tree_map(lambda leaf: np.copy(gradients.pop(next(places), np.zeros_like(leaf))), params)
 
     return value_and_gradient
 

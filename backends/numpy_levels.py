@@ -26,10 +26,15 @@ def call(name, *args, **kwargs):
     """The operation `name` on arrays and tracers: a function of NumPy, or one of PLAIN and COMPOSED below."""
     tracer = highest(args)
     if tracer is None:
-        return (PLAIN.get(name) or getattr(numpy, name))(*args, **kwargs)
+        return plain(name)(*args, **kwargs)
     if name in COMPOSED:
         return COMPOSED[name](*args, **kwargs)
     return tracer.apply(name, args, kwargs)
+
+
+def plain(name):
+    """The function that does an operation on arrays."""
+    return PLAIN.get(name) or getattr(numpy, name)
 
 
 def highest(args):
@@ -51,7 +56,8 @@ class Namespace:
     """The library that a tracer belongs to, as NumPy is an array's: `np.exp(tracer)` is `call("exp", tracer)`."""
 
     def __getattr__(self, name):
-        return functools.partial(call, name)
+        setattr(self, name, functools.partial(call, name))  # looked up once, then an ordinary attribute
+        return getattr(self, name)
 
 
 class Tracer:

@@ -21,8 +21,9 @@ import numpy
 from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
 
 from backends import np
-from backends.numpy_backend import map_nest
-from backends.numpy_levels import Tracer, call, map_args, new_level
+from backends.numpy_layout import product
+from backends.numpy_levels import Tracer, call, highest, map_args, new_level, plain
+from weights.params import tree_map
 
 
 def vmap(f, in_axes=0):
@@ -37,7 +38,7 @@ def vmap(f, in_axes=0):
         n_batch, level = batch_size(args, axes), new_level()
 
         def trace(arg, axis):
-            return map_nest(lambda leaf: BatchTracer(level, leaf, axis == 0) if is_array(leaf) else leaf, arg)
+            return tree_map(lambda leaf: BatchTracer(level, leaf, axis == 0) if is_array(leaf) else leaf, arg)
 
         def untrace(leaf):
             if leaf is None:
@@ -46,7 +47,7 @@ def vmap(f, in_axes=0):
             value = leaf.value if ours else leaf
             return value if ours and leaf.batched else np.copy(repeat(value, n_batch))
 
-        return map_nest(untrace, f(*map(trace, args, axes)))
+        return tree_map(untrace, f(*map(trace, args, axes)))
 
     return batched
 
@@ -62,7 +63,7 @@ def batch_size(args, axes):
         raise ValueError(f"vmap: in_axes {axes} for {len(args)} arguments: there must be a 0 or a None for each")
     shapes = set()
     mapped = [arg for arg, axis in zip(args, axes, strict=True) if axis == 0]
-    map_nest(lambda leaf: shapes.add(numpy.shape(leaf)), mapped)
+    tree_map(lambda leaf: shapes.add(numpy.shape(leaf)), mapped)
     if () in shapes:
         raise ValueError(f"vmap: in_axes {axes}: an argument with axis 0 holds a single number: its axis must be None")
     lengths = sorted({shape[0] for shape in shapes})
@@ -84,17 +85,20 @@ class BatchTracer(Tracer):
         return self.value.shape[1:] if self.batched else self.value.shape
 
     def apply(self, name, args, kwargs):
-        level, rows, f = self.level, [], functools.partial(call, name)
+        level, rows, values = self.level, [], []
 
         def lower(x):
             if not isinstance(x, BatchTracer) or x.level != level:
+                values.append(x)
                 return x
+            values.append(x.value)
             if not x.batched:
                 return x.value
             rows.append(Rows(x.value))
             return rows[-1]
 
         args = map_args(lower, args)
+        f = plain(name) if highest(values) is None else functools.partial(call, name)
         if not rows:
             return BatchTracer(level, f(*args, **kwargs), False)
         if name not in RULES:
@@ -213,7 +217,8 @@ def matmul(f, x, w):
     if not isinstance(w, Rows) and getattr(w, "ndim", 2) == 2:
         *outer, n_in = x.array.shape
         rows = x.array.reshape(-1, n_in)  # [n_batch, ..., n_in] -> [n_batch * ..., n_in]
-        return (rows @ w).reshape(*outer, -1)
+        both_plain = isinstance(rows, numpy.ndarray) and isinstance(w, numpy.ndarray)
+        return (product(rows, w) if both_plain else rows @ w).reshape(*outer, -1)
     n = max(ndim(x), ndim(w))
     return f(align(x, n), align(w, n))
 
@@ -261,8 +266,9 @@ def update(f, buffer, new, start):
     new = repeat(new, n_batch)
     if not find_rows(start):
         return f(buffer, new, (0, *start))
-    starts = [[part.array[i] if isinstance(part, Rows) else part for part in start] for i in range(n_batch)]
-    rows = [f(buffer[i], new[i], starts[i]) for i in range(n_batch)]
+    columns = [part.array.tolist() if type(getattr(part, "array", None)) is numpy.ndarray else
+               part.array if isinstance(part, Rows) else [part] * n_batch for part in start]  # fmt: skip
+    rows = [f(*row) for row in zip(buffer, new, zip(*columns, strict=True), strict=True)]
     return np.stack(rows) if isinstance(rows[0], Tracer) else buffer
 
 

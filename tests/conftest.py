@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import checkpoint
+import backends
 import cli
 import utils
+from inference import kv_cache
 from inference.__main__ import main as front_door
+from weights.params import param_shapes, tree_map, unflatten
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # one place for all workers
@@ -91,11 +93,17 @@ def shared(name):
 
 
 def cast(params, dtype):
-    return checkpoint.map_params(lambda _path, array: array.astype(dtype), params)
+    return tree_map(lambda array: array.astype(dtype), params)
 
 
 def random_params(n_vocab=11, n_ctx=8, n_embd=6, n_head=2, n_layer=2, seed=0):
     """A tiny model with random numbers everywhere, g and b too, so that no term can hide behind a 0 or a 1."""
     rng = np.random.default_rng(seed)
-    shapes = checkpoint.param_shapes(n_vocab, n_ctx, n_embd, n_head, n_layer)
-    return checkpoint.map_params(lambda _path, shape: rng.normal(size=shape).astype(np.float32), shapes)
+    shapes = param_shapes(n_vocab, n_ctx, n_embd, n_head, n_layer)
+    return unflatten({path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()})
+
+
+def model_of(params, n_head, backend="numpy", **ending):
+    """The Model of params, which stay as they are."""
+    library = backends.get(backend)
+    return kv_cache.make_model(library.prepare(tree_map(lambda array: array, params)), n_head, library, **ending)

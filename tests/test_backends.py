@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 
 import backends
-import checkpoint
 from backends import np
+from weights.params import find_dtype
 
 BACKENDS = [pytest.param(backends.get(name), id=name) for name in backends.NAMES]
 
@@ -75,9 +75,10 @@ def test_update_returns_the_buffer_with_the_new_part(backend):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_matrix_and_table_are_the_arrays_in_what_they_are_for(backend, dtype):
-    rng, dtype = numpy.random.default_rng(0), checkpoint.find_dtype(dtype)
+    rng, dtype = numpy.random.default_rng(0), find_dtype(dtype)
     w, rows, xs = (rng.integers(-3, 4, shape).astype(dtype) for shape in [(4, 6), (7, 4), (130, 4)])  # sums are exact
-    (plain_w, plain_rows), matrix, table = backend.asarray((w, rows)), backend.matrix(w), backend.table(rows)
+    plain_w, plain_rows = backend.asarray((w, rows))
+    matrix, table = backend.prepare({"w": w, "wte": rows}).values()
     for x in backend.asarray([xs[0], xs[:1], xs[:3], xs]):
         for product, expected in [(x @ matrix, x @ plain_w), (x @ table.T, x @ plain_rows.T)]:
             assert product.dtype == expected.dtype
@@ -91,11 +92,11 @@ def test_matrix_and_table_are_the_arrays_in_what_they_are_for(backend, dtype):
 
 def test_numpy_lays_out_by_columns_what_is_tall_and_often_read():
     numpy_backend, rng = backends.get("numpy"), numpy.random.default_rng(0)
-    w, xs = (rng.integers(-3, 4, shape).astype(numpy.float32) for shape in [(2048, 513), (5, 2048)])  # sums are exact
+    w, xs = (rng.integers(-3, 4, shape).astype(numpy.float32) for shape in [(2048, 513), (40, 2048)])  # sums are exact
     expected, kept, released = xs @ w, w, weakref.ref(w)
-    matrix = numpy_backend.matrix(w)
+    matrix = numpy_backend.prepare({"w": w})["w"]
     for i in range(63):
-        assert numpy.array_equal(xs @ matrix, expected), "several rows do not count"
+        assert numpy.array_equal(xs @ matrix, expected), "more than 32 rows do not count: they cost more than reading w"
         x, y = (xs[i % 5], expected[i % 5]) if i % 2 else (xs[:1], expected[:1])
         assert numpy.array_equal(x @ matrix, y)
         assert matrix.w is w
@@ -111,17 +112,26 @@ def test_numpy_lays_out_by_columns_what_is_tall_and_often_read():
     assert released() is None, "in memory once, unless the caller keeps it"
 
 
+@pytest.mark.parametrize(("shape", "n_rows", "switches"), [((513, 2048), 1, False), ((513, 2048), 4, True)])
+def test_a_wide_matrix_is_laid_out_by_columns_for_a_batch_alone(shape, n_rows, switches):
+    w, x = numpy.ones(shape, numpy.float32), numpy.ones((n_rows, shape[0]), numpy.float32)
+    matrix = backends.get("numpy").prepare({"w": w})["w"]
+    for _ in range(70):
+        assert numpy.array_equal(x @ matrix, x @ w)
+    assert matrix.w.flags.f_contiguous is switches
+
+
 def test_numpy_takes_other_matrices_as_they_are():
-    """Wide ones are fast as they are, small ones come from the cache, and BLAS has no bfloat16."""
-    bfloat16 = checkpoint.find_dtype("bfloat16")
-    for shape, dtype in [((513, 2048), "f4"), ((1024, 1024), "f4"), ((2048, 511), "f4"), ((2048, 1025), bfloat16)]:
+    """Small ones come from the cache, and BLAS has no bfloat16."""
+    bfloat16 = find_dtype("bfloat16")
+    for shape, dtype in [((511, 512), "f4"), ((512, 511), "f4"), ((2048, 1025), bfloat16)]:
         w = numpy.zeros(shape, dtype)
-        assert backends.get("numpy").matrix(w) is w
+        assert backends.get("numpy").prepare({"w": w})["w"] is w
 
 
 FREED_AND_TAKEN_AGAIN = """
 import resource, sys, numpy, backends
-backends.get(sys.argv[1]).start()
+backends.get(sys.argv[1]).setup()
 faults = []
 for _ in range(3):
     arrays = [numpy.ones(3 << 20, numpy.uint8) for _ in range(8)]  # 24 MiB; each too small for a large page of memory

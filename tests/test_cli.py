@@ -13,8 +13,8 @@ from conftest import ROOT
 import cli
 import gpt2
 import gpt2_pico
-import utils
 from inference.__main__ import main as front_door
+from tools import models
 
 STORY = ["--model_size", "3M", "--n_tokens_to_generate", "12"]
 MANGLED_BY_FIRE = ["2019", "None", "1e5", "hello,world", "Yes, no", "[a]", "{a: 1}", "'quoted'", '"q"', "C# is"]
@@ -275,7 +275,7 @@ def test_help_fits_a_screen_and_explains_every_flag(flag, command):
 
 @pytest.mark.parametrize("arguments", [[], ["verfy"], ["-x"]])
 def test_a_command_that_is_none(arguments, command):
-    status, out, err = command(*arguments, main={"verify": utils.verify})
+    status, out, err = command(*arguments, main={"verify": models.verify})
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "verify" in err
 
@@ -289,14 +289,15 @@ def test_pico_runs_the_same_way(command):
 
 
 A_PROCESS = """
-import gc, cli, gpt2
+import gc, cli
+from inference.__main__ import main as front_door
 
 class Garbage:
     def __del__(self):
         print("found")
 
 def main(prompt: str = ""):
-    gpt2.main(prompt, model_size="3M", n_tokens_to_generate=1)
+    front_door(prompt, model_size="3M", n_tokens_to_generate=1)
     garbage = Garbage()
     garbage.itself = garbage
     print("searched rarely" if gc.get_threshold()[0] > often else "searched often", gc.get_freeze_count())
@@ -379,7 +380,7 @@ def test_too_little_memory_is_one_line(command, monkeypatch):
     def full(*_):
         raise MemoryError("Unable to allocate 9 TiB")
 
-    monkeypatch.setattr("inference.kv_cache.take", full)
+    monkeypatch.setattr("inference.kv_cache.make_model", full)
     assert command("Once", *STORY) == (1, "", "not enough memory: Unable to allocate 9 TiB\n")
 
 

@@ -17,9 +17,10 @@ import gpt2
 from backends import np, update
 from inference import kv_cache
 from training.loss import lm_loss, token_losses
+from weights.params import tree_map
 
 NUMPY = backends.get("numpy")
-vmap, value_and_grad, map_nest = NUMPY.vmap, NUMPY.value_and_grad, NUMPY.map_nest
+vmap, value_and_grad = NUMPY.vmap, NUMPY.value_and_grad
 rng = numpy.random.default_rng(0)
 
 
@@ -35,7 +36,7 @@ def assert_close(found, expected, tolerance):
         assert ours.dtype == theirs.dtype
         assert numpy.linalg.norm(ours - theirs) <= tolerance * max(numpy.linalg.norm(theirs), 1e-3)
 
-    map_nest(check, found, expected)
+    tree_map(check, found, expected)
 
 
 def in_jax(f, *args):
@@ -54,20 +55,20 @@ def slope(f, x, direction):
     how close they come."""
 
     def at(step):
-        return f(map_nest(lambda leaf, d: leaf + step * d, x, direction))
+        return f(tree_map(lambda leaf, d: leaf + step * d, x, direction))
 
     return [(at(-2 * h) - 8 * at(-h) + 8 * at(h) - at(2 * h)) / (12 * h) for h in (1e-2, 1e-3, 1e-4)]
 
 
 def dot(x, y):
     total = []
-    map_nest(lambda a, b: total.append(numpy.vdot(a, b)), x, y)
+    tree_map(lambda a, b: total.append(numpy.vdot(a, b)), x, y)
     return sum(total)
 
 
 def check_slope(f, x, gradient, seed, tolerance=1e-6):
     """The gradient against central differences in a random direction."""
-    direction = map_nest(numpy.random.default_rng(seed).normal, map_nest(numpy.zeros_like, x))
+    direction = tree_map(numpy.random.default_rng(seed).normal, tree_map(numpy.zeros_like, x))
     found = dot(gradient, direction)
     assert min(abs(found - s) / (1 + abs(s)) for s in slope(f, x, direction)) < tolerance
 
@@ -137,7 +138,7 @@ def check_model(params, n_head, ids):
 
 def leaves(tree):
     found = []
-    map_nest(found.append, tree)
+    tree_map(found.append, tree)
     return found
 
 
@@ -147,7 +148,7 @@ def check_central_differences(loss, gradient, params, ids):
         direction = numpy.random.default_rng(i).normal(size=leaf.shape)
 
         def moved(x, leaf=leaf):
-            return loss(map_nest(lambda other: x if other is leaf else other, params), ids)
+            return loss(tree_map(lambda other: x if other is leaf else other, params), ids)
 
         found, scale = numpy.vdot(its_gradient, direction), numpy.linalg.norm(its_gradient)
         assert min(abs(found - s) for s in slope(moved, leaf, direction)) < 1e-6 * scale
@@ -221,6 +222,16 @@ def test_transforms_compose_as_in_jax(f):
     assert_close(list(found), list(expected), 1e-10)
 
 
+@pytest.mark.parametrize("n_rows", [1, 2, 5])
+def test_one_matrix_that_is_no_argument_serves_all_rows(n_rows):
+    """Also where the rows are tracers of a transform outside."""
+    w, x = rng.normal(size=(4, 3)), rng.normal(size=(n_rows, 4))
+    gradient = grad(lambda x: np.sum(vmap(lambda row: np.tanh(row @ w))(x)))(x)
+    assert_close(gradient, (1 - numpy.tanh(x @ w) ** 2) @ w.T, 1e-12)
+    pairs = vmap(lambda a: vmap(lambda b: (a * b) @ w)(x))(x)
+    assert_close(pairs, (x[:, None] * x) @ w, 1e-12)
+
+
 def test_levels_are_not_confused():
     """The classic example: d/dx of x * (d/dy of x + y) is 1. Who takes the inner x for another y gets 2."""
     assert grad(lambda x: x * grad(lambda y: x + y)(1.0))(1.0) == 1
@@ -271,7 +282,7 @@ def test_powers_at_0(power):
 def test_the_cached_model_has_the_gradient_of_the_plain_one():
     """`update` copies under a gradient: the cache that goes in stays as it is."""
     params, ids = TINY, ROWS[0]
-    cache = kv_cache.new_cache(params, 8, n_head=2)
+    cache = kv_cache.init_cache(params, 8, n_head=2)
 
     def cached(params):
         first, after = kv_cache.forward(params, ids[:3], cache, 0, n_head=2)

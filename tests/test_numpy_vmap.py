@@ -5,13 +5,15 @@ import functools
 import jax
 import numpy
 import pytest
-from conftest import cast, random_params
+from conftest import cast, model_of, random_params
 from random_functions import random_batch, random_function
 
 import backends
 import gpt2
 from backends import np, update
-from inference import batching, kv_cache, sampling
+from inference import batching, sampling
+from inference.model import init_cache
+from weights.params import tree_map
 
 NUMPY = backends.get("numpy")
 vmap = NUMPY.vmap
@@ -22,7 +24,7 @@ def loop(f, in_axes, *args):
     """vmap as it would be without vmap."""
     n_batch = next(len(arg) for arg, axis in zip(args, in_axes, strict=True) if axis == 0)
     rows = [f(*(x if axis is None else x[i] for x, axis in zip(args, in_axes, strict=True))) for i in range(n_batch)]
-    return NUMPY.map_nest(lambda *leaves: numpy.stack(leaves), *rows)
+    return tree_map(lambda *leaves: numpy.stack(leaves), *rows)
 
 
 def assert_equal(found, expected, tolerance):
@@ -81,11 +83,11 @@ def test_the_model_gives_each_row_what_it_gives_alone(dtype, tolerance):
 def test_cached_rows_at_their_own_positions(dtype, tolerance):
     """Prompts of 2, 5 and 3 ids, then one id at a time: each row as if it were alone."""
     params = cast(random_params(n_ctx=10), dtype)
-    model = kv_cache.load(params, 2)
+    model = model_of(params, 2)
     texts = [rng.integers(0, 11, n).tolist() for n in (2, 5, 3)]
-    tokens, position, cache = [text[:] for text in texts], [0, 0, 0], batching.start(model, 3, 10)
+    tokens, position, cache = [text[:] for text in texts], [0, 0, 0], batching.repeat(init_cache(model, 10), 3)
     for _ in range(3):
-        logits, cache = batching.read(model, tokens, cache, position)
+        logits, cache = batching.step_batch(model, tokens, cache, position)
         for i, text in enumerate(texts):
             expected = gpt2.gpt2(text, **params, n_head=2)[-1]
             assert_equal([logits[i] / abs(expected).max()], [expected / abs(expected).max()], tolerance)
@@ -102,7 +104,7 @@ SAMPLING = {
     "repetition_penalty": lambda logits, coin, k, ids: sampling.repetition_penalty(logits, ids, 1.3),
     "temperature": lambda logits, coin, k, ids: sampling.temperature(logits, 0),
     "min_new_tokens": lambda logits, coin, k, ids: sampling.min_new_tokens(logits, 1, 3, [2, 5]),
-    "warp": lambda logits, coin, k, ids: sampling.warp(logits, sampling.Settings(0.8, 9, 0.9)),
+    "warp": lambda logits, coin, k, ids: sampling.warp(logits, sampling.SamplingParams(0.8, 9, 0.9)),
     "all": lambda logits, coin, k, ids: sampling.sample(sampling.top_p(sampling.top_k(logits / 2, 7), 0.9), coin),
     "beam scores": lambda logits, coin, k, ids: np.log(gpt2.softmax(logits)) + coin,
 }

@@ -9,7 +9,7 @@ from conftest import oracle
 
 import backends
 from inference import sampling
-from inference.sampling import Settings
+from inference.sampling import SamplingParams
 
 INF = math.inf
 
@@ -130,9 +130,14 @@ def test_published_vectors():
     assert sampling.repetition_penalty(np.array([4.0, -4.0]), [0, 1], 2).tolist() == [2, -8]
     for logits in (np.array([0.1, 5.0, 5.0, -2.0]), np.array([-3.0, -1.0])):
         best = int(np.argmax(logits))
-        for settings in (Settings(0), Settings(1, top_k=1), Settings(1, top_p=1e-9), Settings(1e-5)):
+        for settings in (
+            SamplingParams(0),
+            SamplingParams(1, top_k=1),
+            SamplingParams(1, top_p=1e-9),
+            SamplingParams(1e-5),
+        ):
             assert sampling.choose(logits, [], 0, settings, 0.0) == best
-        assert sampling.choose(logits, [], 0, Settings(1, top_k=1), 0.999) == best
+        assert sampling.choose(logits, [], 0, SamplingParams(1, top_k=1), 0.999) == best
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -197,21 +202,21 @@ def test_sample_takes_no_banned_token_and_never_runs_off_the_end(backend):
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        (Settings(-1.0), "temperature -1.0"),
-        (Settings(math.nan), "temperature nan"),
-        (Settings(1e-9), "temperature 1e-09"),
-        (Settings(INF), "temperature inf"),
-        (Settings(1.0, top_k=-1), "top_k -1"),
-        (Settings(1.0, top_p=0.0), "top_p 0.0"),
-        (Settings(1.0, top_p=1.1), "top_p 1.1"),
-        (Settings(1.0, top_p=math.nan), "top_p nan"),
-        (Settings(repetition_penalty=0.0), "repetition_penalty 0.0"),
-        (Settings(repetition_penalty=-2.0), "repetition_penalty -2.0"),
-        (Settings(repetition_penalty=1e308), "repetition_penalty 1e"),
-        (Settings(repetition_penalty=math.nan), "repetition_penalty nan"),
-        (Settings(top_k=40), "no effect at temperature 0"),
-        (Settings(top_p=0.9), "no effect at temperature 0"),
-        (Settings(bad_words=((1, 2), ())), "empty bad word"),
+        (SamplingParams(-1.0), "temperature -1.0"),
+        (SamplingParams(math.nan), "temperature nan"),
+        (SamplingParams(1e-9), "temperature 1e-09"),
+        (SamplingParams(INF), "temperature inf"),
+        (SamplingParams(1.0, top_k=-1), "top_k -1"),
+        (SamplingParams(1.0, top_p=0.0), "top_p 0.0"),
+        (SamplingParams(1.0, top_p=1.1), "top_p 1.1"),
+        (SamplingParams(1.0, top_p=math.nan), "top_p nan"),
+        (SamplingParams(repetition_penalty=0.0), "repetition_penalty 0.0"),
+        (SamplingParams(repetition_penalty=-2.0), "repetition_penalty -2.0"),
+        (SamplingParams(repetition_penalty=1e308), "repetition_penalty 1e"),
+        (SamplingParams(repetition_penalty=math.nan), "repetition_penalty nan"),
+        (SamplingParams(top_k=40), "no effect at temperature 0"),
+        (SamplingParams(top_p=0.9), "no effect at temperature 0"),
+        (SamplingParams(bad_words=((1, 2), ())), "empty bad word"),
     ],
 )
 def test_values_out_of_range_are_refused(settings, word):
@@ -220,11 +225,11 @@ def test_values_out_of_range_are_refused(settings, word):
 
 
 def test_with_every_token_banned_there_is_an_error_and_no_nan():
-    settings = Settings(1.0, bad_words=((0,), (1,), (2,)))
+    settings = SamplingParams(1.0, bad_words=((0,), (1,), (2,)))
     with pytest.raises(ValueError, match="every token is banned"):
         sampling.choose(np.zeros(3), [0], 0, settings, 0.5)
 
 
 def test_a_tiny_temperature_overflows_nothing():
     logits = np.array([800.0, -800.0, 799.0])
-    assert sampling.choose(logits, [], 0, Settings(1e-5), 0.5) == 0
+    assert sampling.choose(logits, [], 0, SamplingParams(1e-5), 0.5) == 0
