@@ -86,6 +86,6 @@ def update(buffer, new, start):
 
 
 def value_and_grad(f):
-    """f(params, ...) -> (f's value, its gradient: a tree like params). Raises TypeError and NotImplementedError as
-    numpy_grad.value_and_grad does."""
+    """f(params, ...) -> (f's value, its gradient: a tree like params). Raises TypeError as numpy_grad.value_and_grad
+    does."""
     return numpy_grad.value_and_grad(f)

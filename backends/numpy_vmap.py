@@ -217,7 +217,8 @@ def matmul(f, x, w):
     if not isinstance(w, Rows) and getattr(w, "ndim", 2) == 2:
         *outer, n_in = x.array.shape
         rows = x.array.reshape(-1, n_in)  # [n_batch, ..., n_in] -> [n_batch * ..., n_in]
-        return (product(rows, w) if isinstance(w, numpy.ndarray) else rows @ w).reshape(*outer, -1)
+        both_plain = isinstance(rows, numpy.ndarray) and isinstance(w, numpy.ndarray)
+        return (product(rows, w) if both_plain else rows @ w).reshape(*outer, -1)
     n = max(ndim(x), ndim(w))
     return f(align(x, n), align(w, n))
 

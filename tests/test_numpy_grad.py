@@ -222,6 +222,16 @@ def test_transforms_compose_as_in_jax(f):
     assert_close(list(found), list(expected), 1e-10)
 
 
+@pytest.mark.parametrize("n_rows", [1, 2, 5])
+def test_one_matrix_that_is_no_argument_serves_all_rows(n_rows):
+    """Also where the rows are tracers of a transform outside."""
+    w, x = rng.normal(size=(4, 3)), rng.normal(size=(n_rows, 4))
+    gradient = grad(lambda x: np.sum(vmap(lambda row: np.tanh(row @ w))(x)))(x)
+    assert_close(gradient, (1 - numpy.tanh(x @ w) ** 2) @ w.T, 1e-12)
+    pairs = vmap(lambda a: vmap(lambda b: (a * b) @ w)(x))(x)
+    assert_close(pairs, (x[:, None] * x) @ w, 1e-12)
+
+
 def test_levels_are_not_confused():
     """The classic example: d/dx of x * (d/dy of x + y) is 1. Who takes the inner x for another y gets 2."""
     assert grad(lambda x: x * grad(lambda y: x + y)(1.0))(1.0) == 1
@@ -272,7 +282,7 @@ def test_powers_at_0(power):
 def test_the_cached_model_has_the_gradient_of_the_plain_one():
     """`update` copies under a gradient: the cache that goes in stays as it is."""
     params, ids = TINY, ROWS[0]
-    cache = kv_cache.new_cache(params, 8, n_head=2)
+    cache = kv_cache.init_cache(params, 8, n_head=2)
 
     def cached(params):
         first, after = kv_cache.forward(params, ids[:3], cache, 0, n_head=2)
