@@ -66,6 +66,12 @@ def sum_over(f, rows):
     return functools.reduce(functools.partial(tree_map, operator.add), numpy_threads.parallel_map(f, parts))
 
 
+def tune(step):
+    """The function step(params, tokens, ...), tuned while it runs: it gets the number of BLAS threads that is fastest
+    at the moment (numpy_threads.py)."""
+    return numpy_threads.adaptive(step)
+
+
 def update(buffer, new, start):
     """`buffer` with `new` written at the indices `start`, one for each axis. Use only what is returned.
 
