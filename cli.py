@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import signal
+import stat
 import sys
 import threading
 
@@ -82,6 +83,15 @@ def prepare_streams():
     sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def stdin_is_piped():
+    """Whether stdin is a pipe or a file, as in `echo text | program`."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # closed, or replaced by an object
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def collect_garbage_rarely():

@@ -1,6 +1,6 @@
 """GPT-2 and nothing else. gpt2.py is the same, explained: the same operations in the same order, bit for bit."""
 
-if __name__ == "__main__":  # run as a program: find the other files even under python -P, and take care of Ctrl-C
+if __name__ == "__main__":  # as a program: Ctrl-C ends it from here on
     import sys; sys.path.insert(0, __file__.removesuffix("gpt2_pico.py"))
     import cli; cli.leave_on_ctrl_c()
 
@@ -53,16 +53,16 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
     return ids[len(inputs) :]
 
 def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = "", models_dir: str = ""):
-    from utils import first_ids, is_openai, load_model
+    from utils import choose_model, first_ids, load_folder, read_ending
 
-    encoder, hparams, params = load_model(model_size, models_dir)
+    encoder, hparams, params = load_folder(folder := choose_model(model_size, models_dir))
     inputs = first_ids(encoder, prompt)
     if (n_seq := len(inputs)) + n_tokens_to_generate > hparams["n_ctx"]:
         raise ValueError(f"prompt {n_seq} + {n_tokens_to_generate} new tokens > n_ctx {hparams['n_ctx']}")
     ids = generate(inputs, params, hparams["n_head"], n_tokens_to_generate)
-    if encoder.end_of_text in ids and not is_openai(hparams):
-        ids = ids[: ids.index(encoder.end_of_text)]
-    print(encoder.decode(ids))
+    end_ids, stops = read_ending(folder, encoder, hparams)
+    n = next((n for n, i in enumerate(ids) if stops and i in end_ids), None)
+    print(encoder.decode(ids[:n]))
 
 if __name__ == "__main__":
     cli.run(main, "gpt2_pico.py")

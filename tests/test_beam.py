@@ -5,12 +5,12 @@ import math
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, random_params
+from conftest import GOLDEN, model_of, random_params
 
 import backends
 import gpt2
-from inference import beam, kv_cache
-from inference.sampling import Settings
+from inference import beam
+from inference.sampling import SamplingParams
 
 N_VOCAB, END, INPUTS = 5, 4, [1, 0]
 PENALTIES = [-1, 0, 0.7, 1, 2]
@@ -41,7 +41,7 @@ def exhaustive(params, n_new, penalty):
 @pytest.mark.parametrize("backend", backends.NAMES)
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_a_width_that_covers_the_tree_finds_what_exhaustive_search_finds(params, backend, penalty):
-    model, n_new = kv_cache.load(params, 2, backend), 3
+    model, n_new = model_of(params, 2, backend), 3
     expected = exhaustive(params, n_new, penalty)
     found = beam.search(model, INPUTS, n_new, N_VOCAB**n_new, length_penalty=penalty, end_ids=[END])
     assert len(found) == len(expected)
@@ -71,7 +71,7 @@ def plain_beam_search(params, n_new, width, penalty, early_stopping, end):
 @pytest.mark.parametrize("backend", backends.NAMES)
 @pytest.mark.parametrize("width", [2, 3, 4])
 def test_narrower_widths_equal_a_plain_reference(params, backend, width):
-    model = kv_cache.load(params, 2, backend)
+    model = model_of(params, 2, backend)
     for penalty, stopping, end in itertools.product(PENALTIES, [False, True, "never"], range(N_VOCAB)):
         expected = plain_beam_search(params, 5, width, penalty, stopping, end)
         found = beam.search(model, INPUTS, 5, width, length_penalty=penalty, early_stopping=stopping, end_ids=[end])
@@ -82,7 +82,7 @@ def test_narrower_widths_equal_a_plain_reference(params, backend, width):
 @pytest.mark.parametrize("backend", backends.NAMES)
 def test_one_beam_is_the_greedy_text(golden, backend):
     params, n_head = golden["params"], golden["hparams"]["n_head"]
-    model = kv_cache.load(params, n_head, backend)
+    model = model_of(params, n_head, backend)
     for case in golden["cases"]:
         end = case["greedy_24"][-1]
         for stopping in (False, True, "never"):
@@ -96,7 +96,7 @@ def test_one_beam_is_the_greedy_text(golden, backend):
 def test_scores_are_what_they_say(golden):
     params, n_head = golden["params"], golden["hparams"]["n_head"]
     inputs = golden["cases"][0]["ids"]
-    for found in beam.search(kv_cache.load(params, n_head), inputs, 6, 4, length_penalty=0.5):
+    for found in beam.search(model_of(params, n_head), inputs, 6, 4, length_penalty=0.5):
         logits = gpt2.gpt2(inputs + found.ids, **params, n_head=n_head).astype(float)
         total = np.log(gpt2.softmax(logits))[len(inputs) - 1 : -1][range(6), found.ids].sum()
         assert found.score == pytest.approx(total / 6**0.5, abs=1e-5)
@@ -104,24 +104,24 @@ def test_scores_are_what_they_say(golden):
 
 def test_what_is_banned_is_not_found(golden):
     params, n_head, case = golden["params"], golden["hparams"]["n_head"], golden["cases"][0]
-    model, first = kv_cache.load(params, n_head), case["greedy_24"][0]
-    for found in beam.search(model, case["ids"], 6, 3, settings=Settings(bad_words=((first,),))):
+    model, first = model_of(params, n_head), case["greedy_24"][0]
+    for found in beam.search(model, case["ids"], 6, 3, params=SamplingParams(bad_words=((first,),))):
         assert first not in found.ids
     ended = beam.search(
-        model, case["ids"], 6, 3, end_ids=[first], settings=Settings(min_new_tokens=4, end_ids=(first,))
+        model, case["ids"], 6, 3, end_ids=[first], params=SamplingParams(min_new_tokens=4, end_ids=(first,))
     )
     assert min(len(h.ids) for h in ended) >= 4
 
 
 def test_what_still_runs_at_the_last_step_counts(golden):
     """A case in which enough have ended by then, yet a longer one is better: transformers finds it too."""
-    model = kv_cache.load(golden["params"], golden["hparams"]["n_head"])
+    model = model_of(golden["params"], golden["hparams"]["n_head"])
     found = beam.search(model, [322], 2, 2, length_penalty=5.0, early_stopping=True, end_ids=[417])
     assert found[0].score == pytest.approx(-0.1840, abs=1e-4)
 
 
 def test_no_tokens():
-    assert beam.search(kv_cache.load(random_params(), 2), [1], 0, 3)[0].ids == []
+    assert beam.search(model_of(random_params(), 2), [1], 0, 3)[0].ids == []
 
 
 @pytest.mark.parametrize("stopping", [False, True, "never"])
@@ -130,7 +130,7 @@ def test_transformers_finds_the_same(golden, stopping):
     torch = pytest.importorskip("torch")
     torch.set_num_threads(1)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(GOLDEN / "hf")
-    model = kv_cache.load(golden["params"], golden["hparams"]["n_head"])
+    model = model_of(golden["params"], golden["hparams"]["n_head"])
     for case, penalty, end in itertools.product(golden["cases"][:2], [-1, 0.7, 2], [8, 489]):
         found = beam.search(model, case["ids"], 12, 4, length_penalty=penalty, early_stopping=stopping, end_ids=[end])
         theirs.generation_config.eos_token_id = end

@@ -47,7 +47,8 @@ def test_the_better_number_is_found_at_little_cost(times, n_steps, share, noise)
 
 @pytest.mark.parametrize("change", [(ALONE, BUSY), (BUSY, ALONE), (ALONE, CROWDED)])
 def test_a_machine_that_changes_is_noticed(change):
-    """After 500 steps. The next 500 reach 0.8 of the speed of the better number, and most use it."""
+    """After 500 steps. The next 500 reach 0.8 of the speed of the better number, and the last are nearly all with
+    it."""
     machine = lambda i: change[i >= 500]  # noqa: E731
     before, _ = spent(machine, 500)
     total, chosen = spent(machine, 1000)

@@ -14,10 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT, random_params, shared
-from test_checkpoint import as_openai_stores_it, write_with_tensorflow
+from conftest import GOLDEN, ROOT, openai_tokenizer, random_params
+from test_tensorflow import as_openai_stores_it, write_with_tensorflow
 
 import utils
+from weights import download
 
 
 class Server(ThreadingHTTPServer):
@@ -78,7 +79,7 @@ def server(monkeypatch):
     """A server with the golden model as 124M, whose tokenizer files pass for OpenAI's."""
     files = {name: (GOLDEN / name).read_bytes() for name in utils.TF_FILES}
     hashes = {name: hashlib.sha256(files[name]).hexdigest() for name in utils.SHA256}
-    monkeypatch.setattr(utils, "SHA256", hashes)
+    monkeypatch.setattr(download, "SHA256", hashes)
     with Server(files) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -116,7 +117,8 @@ def test_a_folder_with_a_file_missing_is_repaired(server, tmp_path, missing):
 @pytest.mark.parametrize("ranges", [True, False], ids=["server resumes", "server does not"])
 def test_killed_in_the_middle_and_started_again(server, tmp_path, ranges):
     server.delay = 0.1  # 28 pieces, 2.8 s: long enough to be killed in
-    code = "import sys, utils; utils.SHA256 = {}; utils.download_gpt2_files('124M', *sys.argv[1:])"
+    code = "import sys; from weights import download; download.SHA256 = {}\n"
+    code += "download.download_gpt2_files('124M', *sys.argv[1:])"
     folder, part = tmp_path / "124M", tmp_path / "124M" / (utils.DATA + ".part")
     with subprocess.Popen([sys.executable, "-c", code, str(folder), server.url], cwd=ROOT) as process:
         while not (part.exists() and part.stat().st_size > 100_000):
@@ -191,7 +193,7 @@ def test_a_body_shorter_than_announced_is_noticed_and_every_request_has_a_timeou
 
     monkeypatch.setattr("requests.get", get)
     with pytest.raises(OSError, match="announced 107 bytes and sent 100"):
-        utils.fetch("http://somewhere", tmp_path / "checkpoint")
+        download.fetch("http://somewhere", tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
 
 
@@ -245,7 +247,7 @@ def test_connection_refused(tmp_path, command):
 
 def test_from_the_command_line_to_text_with_openais_tokenizer(tmp_path):
     """A tiny model behind the real tokenizer: the whole way of a first start."""
-    tokenizer = shared("gpt2_bpe")
+    tokenizer = openai_tokenizer()
     hparams = {"n_vocab": 50257, "n_ctx": 16, "n_embd": 4, "n_head": 2, "n_layer": 1}
     write_with_tensorflow(tmp_path / "model.ckpt", as_openai_stores_it(random_params(**hparams)))
     files = {name: (tmp_path / name).read_bytes() for name in ("checkpoint", utils.INDEX, utils.DATA)}

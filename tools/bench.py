@@ -30,11 +30,12 @@ from pathlib import Path
 import numpy as np
 
 import backends
-import checkpoint
 import cli
-import save
 import utils
 from encoder import END_OF_TEXT, SPELL
+from weights.huggingface import hf_name
+from weights.params import cast, find_dtype, flatten, param_shapes, unflatten
+from weights.tensorflow import save_gpt2_params_to_tf_ckpt
 
 ROOT = Path(__file__).resolve().parent.parent
 HPARAMS = {  # of OpenAI's four sizes and of the embedded one
@@ -63,7 +64,7 @@ def random_params(hparams, dtype="float32"):
         drawn *= np.float32(0.02)  # in place: peak memory is measured too
         return drawn
 
-    return checkpoint.cast(checkpoint.map_params(draw, checkpoint.param_shapes(**hparams)), dtype)
+    return cast(unflatten({path: draw(path, shape) for path, shape in param_shapes(**hparams).items()}), dtype)
 
 
 def prompt(hparams, n):
@@ -80,37 +81,38 @@ class Ours:
         from inference import kv_cache
 
         self.backend, self.hparams = backends.get(backend), hparams
-        self.device = self.backend.start(str(params["wte"].dtype))
-        self.model = kv_cache.take(params, hparams["n_head"], backend)
+        self.device = self.backend.setup(str(params["wte"].dtype))
+        self.model = kv_cache.make_model(self.backend.prepare(params), hparams["n_head"], self.backend)
 
     def decode(self, n_prompt, n=N_DECODE):
         """Seconds a token, after the first."""
-        from inference import kv_cache
+        from inference.model import greedy
 
-        ids = kv_cache.greedy(self.model, prompt(self.hparams, n_prompt), n + 1)
+        ids = greedy(self.model, prompt(self.hparams, n_prompt), n + 1)
         next(ids)
         return timed(lambda: list(ids)) / n
 
     def prefill(self, n):
         """Seconds for the logits of all n tokens."""
-        from inference import kv_cache
+        from inference.model import init_cache
 
-        ids, cache = np.array(prompt(self.hparams, n)), kv_cache.start(self.model, n)
+        ids, cache = np.array(prompt(self.hparams, n)), init_cache(self.model, n)
         return timed(lambda: self.backend.to_numpy(self.model.forward(self.model.params, ids, cache, 0)[0][-1, 0]))
 
     def batch(self, n_rows, n_prompt=10, n=8):
         """Seconds a step, in which each row gets a token."""
         from inference import batching
+        from inference.model import init_cache
 
         rows = [prompt(self.hparams, n_prompt)] * n_rows
-        cache = batching.start(self.model, n_rows, n_prompt + n + 1)
-        logits, cache = batching.read(self.model, rows, cache, [0] * n_rows)
+        cache = batching.repeat(init_cache(self.model, n_prompt + n + 1), n_rows)
+        logits, cache = batching.step_batch(self.model, rows, cache, [0] * n_rows)
         started = None
         for i in range(n + 1):
             best = np.argmax(self.backend.to_numpy(logits), axis=-1)
             started = started or time.perf_counter()
             if i < n:
-                logits, cache = batching.read(self.model, best[:, None].tolist(), cache, [n_prompt + i] * n_rows)
+                logits, cache = batching.step_batch(self.model, best[:, None].tolist(), cache, [n_prompt + i] * n_rows)
         return (time.perf_counter() - started) / n
 
 
@@ -118,8 +120,7 @@ class Limits:
     """What the machine can do at best, through NumPy's BLAS."""
 
     def __init__(self, hparams, params):
-        self.hparams, self.weights = hparams, []
-        checkpoint.map_params(lambda path, w: self.weights.append(w) if path[-1] == "w" else None, params)
+        self.hparams, self.weights = hparams, [w for path, w in flatten(params).items() if path[-1] == "w"]
         # Laid out as the NumPy backend has large ones in the end, for they are read faster then.
         self.weights = [np.asfortranarray(w) if w.shape[0] > w.shape[1] else w for w in self.weights]
         self.wte = params["wte"]
@@ -154,8 +155,7 @@ class Transformers:
         config = transformers.GPT2Config(vocab_size=hparams["n_vocab"], n_positions=hparams["n_ctx"],
                                          **{k: hparams[k] for k in ("n_embd", "n_head", "n_layer")})  # fmt: skip
         self.model = transformers.GPT2LMHeadModel(config).eval()
-        state = {}
-        checkpoint.map_params(lambda path, w: state.update({checkpoint.hf_name(path): torch.from_numpy(w)}), params)
+        state = {hf_name(path): torch.from_numpy(w) for path, w in flatten(params).items()}
         self.model.transformer.load_state_dict(state, strict=False)
         self.device = f"transformers {transformers.__version__}, PyTorch {torch.__version__}"
 
@@ -276,7 +276,7 @@ def serve(setup):
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
     _, hparams, params = utils.load_folder(Path(setup["folder"]))
-    params = checkpoint.cast(params, setup["dtype"])
+    params = cast(params, setup["dtype"])
     served = engine(setup["name"], hparams, params)
     del params  # an engine that keeps a copy needs no second
     print(json_library.dumps(served.device), file=answers, flush=True)
@@ -299,8 +299,8 @@ def peak_memory():
 def save_random_model(folder, hparams):
     """Random weights as a model folder in OpenAI's layout, with a tokenizer that knows bytes and made-up words."""
     folder = Path(folder)
-    save.save_gpt2_params_to_tf_ckpt(folder / "model.ckpt", random_params(hparams))
-    spellings = [*SPELL.values(), *(f"t{i}" for i in range(256, hparams["n_vocab"] - 1)), END_OF_TEXT]
+    save_gpt2_params_to_tf_ckpt(folder / "model.ckpt", random_params(hparams))
+    spellings = [*SPELL.values(), *(f"<{i}>" for i in range(256, hparams["n_vocab"] - 1)), END_OF_TEXT]
     ids = {spelling: i for i, spelling in enumerate(spellings)}
     (folder / "encoder.json").write_text(json_library.dumps(ids), encoding="utf-8")
     (folder / "vocab.bpe").write_text("#version: 0.2\n", encoding="utf-8")
@@ -445,7 +445,7 @@ def main(model_size: str = "124M", *, models_dir: str = "", against: str = "", r
 
 def check(model_size, models_dir, against, rounds, dtype, backend, plot):
     """(engines, the model folder or "", hparams). Raises ValueError for what is unknown."""
-    checkpoint.find_dtype(dtype)
+    find_dtype(dtype)
     if plot and not installed("matplotlib"):
         raise ValueError("--plot needs matplotlib: python3 -m pip install matplotlib")
     if rounds < 1:
@@ -471,8 +471,7 @@ def installed(name):
 
 
 def weight_bytes(hparams, dtype):
-    sizes = []
-    checkpoint.map_params(lambda _, shape: sizes.append(int(np.prod(shape))), checkpoint.param_shapes(**hparams))
+    sizes = (int(np.prod(shape)) for shape in param_shapes(**hparams).values())
     return sum(sizes) * {"float32": 4, "bfloat16": 2, "float64": 8}[dtype]
 
 

@@ -30,10 +30,10 @@ from string import ascii_lowercase
 import numpy as np
 
 import backends
-import checkpoint
 import cli
 import gpt2
 import utils
+from weights.params import cast, find_dtype, flatten
 
 NO_LAYERS = ("gpt2", "generate", "check_inputs", "main")
 TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 0.1}  # of the largest number at a place, or of 1 if larger
@@ -41,8 +41,8 @@ TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 0.1}  # of the large
 
 def places_and_logits(params, ids, n_head, module=gpt2):
     """({place: what the layer function gave there}, logits): pure, so that it may be jitted like the model itself."""
-    owners, places, stack, calls = {}, {}, [], Counter()
-    checkpoint.map_params(lambda path, leaf: owners.update({id(leaf): path[-2] if path[1:] else ""}), params)
+    places, stack, calls = {}, [], Counter()
+    owners = {id(leaf): path[-2] if path[1:] else "" for path, leaf in flatten(params).items()}
 
     def recorded(layer):
         @functools.wraps(layer)
@@ -86,8 +86,8 @@ def patched(module, functions):
 def record(params, ids, n_head, backend="numpy", dtype="float32", jit=False):
     """places_and_logits on a backend, in a dtype, its float32 products in full float32; the logits as a last place."""
     library = backends.get(backend)
-    library.start(dtype)
-    params, ids = library.asarray((checkpoint.cast(params, dtype), np.asarray(ids, np.int32)))
+    library.setup(dtype)
+    params, ids = library.asarray((cast(params, dtype), np.asarray(ids, np.int32)))
     run = functools.partial(places_and_logits, n_head=n_head)
     with exact_products(backend):
         places, logits = library.to_numpy((library.jit(run) if jit else run)(params, ids))
@@ -166,8 +166,7 @@ def load_recording(path, ids, params):
 
 
 def identity(ids, params):
-    sums = []
-    checkpoint.map_params(lambda _, array: sums.append(zlib.crc32(np.ascontiguousarray(array))), params)
+    sums = [zlib.crc32(np.ascontiguousarray(array)) for array in flatten(params).values()]
     return {"prompt": np.asarray(ids), "model": np.asarray(sums)}
 
 
@@ -191,7 +190,8 @@ def report(rows, runs, encoder, tolerance):
     yield ""
     best = {name: next_token(run["logits"]) for name, run in runs.items()}
     for name, token in best.items():
-        yield f"{name}: next token {token['id']} {encoder.decode([token['id']])!r}, {token['gap']:.4f} ahead"
+        text = repr(encoder.decode([token["id"]])) if token["id"] in encoder.spellings else "(no token)"
+        yield f"{name}: next token {token['id']} {text}, {token['gap']:.4f} ahead"
     yield f"the next token is {'the same' if len({token['id'] for token in best.values()}) == 1 else 'NOT THE SAME'}"
     beyond = [row["place"] for row in rows if not row["within"]]
     yield (
@@ -204,7 +204,7 @@ def report(rows, runs, encoder, tolerance):
 def check(backend_a, dtype_a, backend_b, dtype_b, against):
     """Raises ValueError for what is unknown, and for a run b that a recording stands in for."""
     for dtype in (dtype_a, dtype_b):
-        checkpoint.find_dtype(dtype)
+        find_dtype(dtype)
     if against and (backend_b, dtype_b) != ("jax", "float32"):
         raise ValueError("--against stands in for run b: leave out --backend_b and --dtype_b")
     for backend in (backend_a,) if against else (backend_a, backend_b):

@@ -10,9 +10,9 @@ if __name__ == "__main__":  # before the slow imports
 
 import numpy as np
 
-import checkpoint
 import cli
 import utils
+from weights.params import flatten
 
 KINDS = {"embeddings": ("wte", "wpe"), "attention": ("attn",), "mlp": ("mlp",), "layer norms": ("ln_1", "ln_2", "ln_f")}
 
@@ -21,9 +21,8 @@ def table(params):
     """One line a parameter, then the totals."""
     yield f"{'name':32} {'shape':>16} {'dtype':>8} {'mean':>11} {'std':>11}"
     sizes = dict.fromkeys(KINDS, 0)
-    n_bytes, found = 0, []
-    checkpoint.map_params(lambda path, array: found.append((path, array)), params)
-    for path, array in found:
+    n_bytes = 0
+    for path, array in flatten(params).items():
         shape = ", ".join(map(str, array.shape))
         mean, std = array.mean(dtype=np.float64), array.std(dtype=np.float64)
         name = ".".join(map(str, path)).replace("blocks.", "h")

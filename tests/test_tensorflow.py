@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, ROOT, oracle, random_params
 
-import checkpoint
-import save
 import utils
+from tools import models
+from weights import tensorflow as checkpoint
+from weights.params import flatten, param_shapes, replace_leaves
 
 SMALL = {"n_vocab": 11, "n_ctx": 8, "n_embd": 6, "n_head": 2, "n_layer": 12}
 
 
 def flat(params):
-    found = {}
-    checkpoint.map_params(lambda path, array: found.update({checkpoint.tf_name(path): array}), params)
-    return found
+    return {checkpoint.tf_name(path): array for path, array in flatten(params).items()}
 
 
 def write_with_tensorflow(prefix, tensors):
@@ -78,7 +77,7 @@ def test_a_table_of_many_blocks(tmp_path):
 def test_tensorflow_reads_what_we_write_and_so_do_we(tmp_path):
     tf = oracle("tensorflow")
     params = random_params(**SMALL)
-    save.save_gpt2_params_to_tf_ckpt(tmp_path / "model.ckpt", params)
+    checkpoint.save_gpt2_params_to_tf_ckpt(tmp_path / "model.ckpt", params)
     reader = tf.train.load_checkpoint(str(tmp_path))
     for name, array in as_openai_stores_it(params).items():
         assert np.array_equal(reader.get_tensor(name), array), name
@@ -107,16 +106,13 @@ def test_params_may_be_changed_and_the_file_is_not(folder):
 
 def test_param_shapes_count_what_openai_published():
     def count(n_embd, n_head, n_layer):
-        total = []
-        shapes = checkpoint.param_shapes(50257, 1024, n_embd, n_head, n_layer)
-        checkpoint.map_params(lambda _path, shape: total.append(math.prod(shape)), shapes)
-        return sum(total)
+        return sum(map(math.prod, param_shapes(50257, 1024, n_embd, n_head, n_layer).values()))
 
     assert count(768, 12, 12) == 124_439_808  # times 4: the 497,759,232 bytes of its data file
     assert count(1024, 16, 24) == 354_823_168
 
 
-def test_replace_params_never_keeps_what_it_has_replaced():
+def test_replace_leaves_never_keeps_what_it_has_replaced():
     nest, seen = {"a": [np.zeros(3), {"b": np.zeros(2)}, np.zeros(4)], "c": np.zeros(1)}, []
 
     def name(path, array):
@@ -124,7 +120,7 @@ def test_replace_params_never_keeps_what_it_has_replaced():
         seen.append(weakref.ref(array))
         return "/".join(map(str, path))
 
-    assert checkpoint.replace_params(name, nest) is nest
+    assert replace_leaves(name, nest) is nest
     assert nest == {"a": ["a/0", {"b": "a/1/b"}, "a/2"], "c": "c"}
 
 
@@ -150,7 +146,7 @@ DAMAGES = {
     "absurd number": (lambda f: edit_json(f / "hparams.json", n_head=-4), ["hparams.json", "n_head", "-4"]),
     "not a number": (lambda f: edit_json(f / "hparams.json", n_embd="48"), ["hparams.json", "n_embd", "'48'"]),
     "n_head": (lambda f: edit_json(f / "hparams.json", n_head=5), ["n_embd 48", "n_head 5"]),
-    "other tokenizer": (lambda f: edit_json(f / "encoder.json", new=512), ["ids up to 512", "n_vocab is 512"]),
+    "other tokenizer": (lambda f: edit_json(f / "encoder.json", **{"<new>": 512}), ["ids up to 512", "n_vocab is 512"]),
     "endless layers": (lambda f: edit_json(f / "hparams.json", n_layer=10**9), ["hparams.json", "n_layer", "1000"]),
     "endless number": (lambda f: (f / "hparams.json").write_text('{"n_head": ' + "9" * 5000 + "}"), ["hparams.json"]),
     "NUL": (lambda f: (f / "checkpoint").write_bytes(b'model_checkpoint_path: "a\0b"'), ["checkpoint"]),
@@ -184,17 +180,26 @@ def test_every_flipped_byte_of_the_index_is_noticed(folder):
     assert unnoticed == 0
 
 
-def test_verify_finds_a_flipped_byte_and_names_the_tensor(folder, command):
+@pytest.mark.parametrize("is_large", [False, True])
+def test_a_flipped_byte_is_found_and_the_tensor_named(folder, command, monkeypatch, is_large):
+    """By `verify`, and, in a file that is read in no time, on load."""
+    if is_large:
+        monkeypatch.setattr(checkpoint, "MAX_CHECKED", 456383)
     entry = checkpoint.read_index(folder / utils.INDEX)["model/h1/mlp/c_fc/w"]
 
     def flip(data):
         data[entry.offset + 5] ^= 1
         return data
 
-    assert command("verify", str(folder), main={"verify": utils.verify})[0] == 0
+    assert command("verify", str(folder), main={"verify": models.verify})[0] == 0
     damage_data(folder, flip)
-    load(folder)  # not noticed here: loading reads no tensor, and that is why it is fast
-    status, out, _ = command("verify", str(folder), main={"verify": utils.verify})
+    if is_large:
+        load(folder)
+    else:
+        with pytest.raises(OSError, match="model/h1/mlp/c_fc/w has checksum"):
+            load(folder)
+        assert command("x", "--model_size", str(folder))[:2] == (1, "")
+    status, out, _ = command("verify", str(folder), main={"verify": models.verify})
     assert (status, out.count("\n")) == (1, 1)
     assert utils.DATA in out
     assert "model/h1/mlp/c_fc/w has checksum" in out
@@ -202,7 +207,7 @@ def test_verify_finds_a_flipped_byte_and_names_the_tensor(folder, command):
 
 def test_verify_lists_each_truncated_tensor(folder, command):
     damage_data(folder, lambda data: data[: len(data) // 2])
-    status, out, _ = command("verify", str(folder), main={"verify": utils.verify})
+    status, out, _ = command("verify", str(folder), main={"verify": models.verify})
     cut = [e for e in checkpoint.read_index(folder / utils.INDEX).values() if e.offset + e.size > 456384 // 2]
     assert (status, out.count("\n")) == (1, len(cut))
 
@@ -226,7 +231,7 @@ def test_other_number_types_of_hugging_face_folders(tmp_path, dtype):
 def test_verify_neither_asks_the_network_nor_writes(tmp_path, command, offline):
     folder = shutil.copytree(GOLDEN, tmp_path / "124M", ignore=shutil.ignore_patterns("golden*"))
     (folder / "encoder.json").unlink()
-    status, out, _ = command("verify", str(folder), main={"verify": utils.verify})
+    status, out, _ = command("verify", str(folder), main={"verify": models.verify})
     assert (status, "encoder.json" in out, "fetch" in out) == (1, True, False)
 
 
@@ -247,5 +252,5 @@ def test_damaged_hugging_face_folders(tmp_path, damage, command):
         edit_json(folder / "config.json", n_embd=48)
     with pytest.raises(OSError, match={"gelu": "activation_function is 'gelu'"}.get(damage, "model.safetensors")):
         load(folder)
-    status, out, _ = command("verify", str(folder), main={"verify": utils.verify})
+    status, out, _ = command("verify", str(folder), main={"verify": models.verify})
     assert (status, out.count("\n")) == (1, 1)

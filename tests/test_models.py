@@ -10,14 +10,16 @@ import pytest
 from conftest import ROOT, cast, random_params
 
 import gpt2
-import save
 import utils
+from tools import models
+from weights import files
 
+HF_FILES = ("config.json", "generation_config.json", "merges.txt", "model.safetensors", "vocab.json")
 SMALL = {"n_vocab": 300, "n_ctx": 8, "n_embd": 6, "n_head": 2, "n_layer": 2}
 
 
 def convert(command, *arguments):
-    return command(*map(str, arguments), main=save.convert)
+    return command(*map(str, arguments), main=models.convert)
 
 
 def test_there_and_back_no_byte_changes(command, tmp_path):
@@ -30,14 +32,14 @@ def test_there_and_back_no_byte_changes(command, tmp_path):
         assert (tmp_path / "tf" / name).read_bytes() == (source / name).read_bytes(), name
     for path in (tmp_path / "hf").iterdir():
         assert path.read_bytes() == (tmp_path / "hf2" / path.name).read_bytes(), path.name
-    assert list(utils.problems(tmp_path / "tf", {})) == []
-    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == sorted(utils.HF_FILES)
+    assert list(models.problems(tmp_path / "tf", {})) == []
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == sorted(HF_FILES)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_hugging_face_files_keep_their_dtype(dtype, tmp_path):
     params = cast(random_params(**SMALL), dtype)
-    save.save_model(tmp_path, SMALL, params, ["hf"])
+    utils.save_model(tmp_path, SMALL, params, ["hf"])
     hparams = utils.read_hparams(tmp_path)
     loaded = utils.load_gpt2_params_from_hf(tmp_path / "model.safetensors", hparams)
     assert hparams == SMALL
@@ -48,10 +50,10 @@ def test_hugging_face_files_keep_their_dtype(dtype, tmp_path):
 def test_float64_does_not_fit_into_openais_layout(tmp_path):
     hparams = SMALL | {"n_vocab": 2048}
     (tmp_path / "hf").mkdir()
-    save.save_tokenizer(utils.MODELS_DIR / "3M", tmp_path / "hf", ["hf"])
-    save.save_model(tmp_path / "hf", hparams, cast(random_params(**hparams), "float64"), ["hf"])
+    utils.save_tokenizer(utils.MODELS_DIR / "3M", tmp_path / "hf", ["hf"])
+    utils.save_model(tmp_path / "hf", hparams, cast(random_params(**hparams), "float64"), ["hf"])
     with pytest.raises(ValueError, match="float32 alone"):
-        save.convert(str(tmp_path / "hf"), str(tmp_path / "out"), layout="tf")
+        models.convert(str(tmp_path / "hf"), str(tmp_path / "out"), layout="tf")
     assert not (tmp_path / "out").exists()
 
 
@@ -72,21 +74,21 @@ def test_transformers_loads_it_too(command, tmp_path):
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
-    save.write_text(path, "old")
-    with pytest.raises(ZeroDivisionError), save.replacing(path) as part:
+    files.write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as part:
         part.write_text(f"{path.read_text()} ne{1 // 0}")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    save.write_text(path, "new")
+    files.write_text(path, "new")
     assert path.read_text() == "new"
 
 
 def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
     """A limit on the size of files stands in for the disk."""
     pytest.importorskip("resource")
-    save.write_text(tmp_path / "config.json", "old")
+    files.write_text(tmp_path / "config.json", "old")
     code = (
-        "import resource, save, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        f"save.write_text({str(tmp_path / 'config.json')!r}, 'new' * 1000)"
+        "import resource, sys; from weights import files; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        f"files.write_text({str(tmp_path / 'config.json')!r}, 'new' * 1000)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "cannot write" in done.stderr
@@ -112,10 +114,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, words, command, tmp
 
 
 def test_config_json_says_what_transformers_needs(tmp_path):
-    save.save_model(tmp_path, SMALL, random_params(**SMALL))
+    utils.save_model(tmp_path, SMALL, random_params(**SMALL))
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] is None, "no tokenizer, no id"
-    save.save_tokenizer(utils.MODELS_DIR / "3M", tmp_path)
-    save.save_model(tmp_path, SMALL, random_params(**SMALL))
+    utils.save_tokenizer(utils.MODELS_DIR / "3M", tmp_path)
+    utils.save_model(tmp_path, SMALL, random_params(**SMALL))
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["vocab_size"], config["n_positions"], config["eos_token_id"]) == (300, 8, 2047)
     assert config["activation_function"] == "gelu_new"

@@ -1,0 +1,99 @@
+"""The generation loop for one sequence: a model step, a choice, text; until there is a reason to stop.
+
+    sequence = Sequence(tokenizer, ids, n_tokens_to_generate=40)
+    for piece in generate(model, sequence):
+        print(piece, end="", flush=True)
+
+A Sequence is one text in the making: it turns the logits that a model gives for it into tokens and text. It does not
+know the model, so it serves the loop here as well as the one in batching.py, which has many sequences.
+"""
+
+import codecs
+
+import numpy
+
+from gpt2 import softmax
+from inference import sampling
+from inference.model import init_cache, step
+
+
+class Sequence:
+    """One text in the making.
+
+    ids                 the ids of the prompt and the new ones; new_ids: the new ones alone
+    text                the new text so far, up to where a stop text begins
+    finish_reason       None while it goes on; "length" (n_tokens_to_generate are there), "end_of_text" (one of end_ids
+                        was chosen), "stop" (one of the stop texts appeared) or "n_ctx" (the context is full)
+    logits, chosen      the model's logits for the newest token, before any processor, and the id that was chosen
+    log_probabilities   of the new tokens by the model (natural logarithms, before any processor), or None if not kept
+    """
+
+    def __init__(self, tokenizer, inputs, n_tokens_to_generate, params=sampling.GREEDY, *, end_ids=(), stop=(),
+                 seed=None, keep_log_probabilities=False):  # fmt: skip
+        self.tokenizer, self.ids, self.new_ids = tokenizer, list(inputs), []
+        self.logits = self.chosen = None
+        self.params, self.end_ids = params, set(end_ids)
+        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        self.n_tokens_to_generate = n_tokens_to_generate
+        self.finish_reason = None if n_tokens_to_generate else "length"
+        self.text, self.n_shown = "", 0
+        self.log_probabilities = [] if keep_log_probabilities else None
+        self._coins = numpy.random.default_rng(seed)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # keeps back the bytes of half a character
+
+    def accept(self, logits):
+        """Chooses the next token from the model's logits [n_vocab]. Returns the text that is certain now, perhaps
+        ""."""
+        self.logits, coin = numpy.asarray(logits, numpy.float64), self._coins.random()
+        self.chosen = sampling.choose(self.logits, self.ids, len(self.new_ids), self.params, coin)
+        if self.chosen in self.end_ids:
+            return self.finish("end_of_text")
+        self.ids.append(self.chosen)
+        self.new_ids.append(self.chosen)
+        if self.log_probabilities is not None:
+            self.log_probabilities.append(float(numpy.log(softmax(self.logits)[self.chosen])))
+        if len(self.new_ids) == self.n_tokens_to_generate:
+            self.finish_reason = "length"
+        return self._show(self.tokenizer.token_bytes(self.chosen), final=self.finish_reason is not None)
+
+    def finish(self, reason):
+        """Ends the sequence. Returns the text that was still held back."""
+        self.finish_reason = reason
+        return self._show(final=True)
+
+    def _show(self, data=b"", final=False):
+        """Adds bytes to the text. Returns the part that has not been shown yet and cannot become part of a stop
+        text."""
+        self.text += self._utf8.decode(data, final)
+        found = [place for place in map(self.text.find, self.stop) if place >= 0]
+        if found:
+            self.text, self.finish_reason, final = self.text[: min(found)], "stop", True
+        end = len(self.text) if final else len(self.text) - self._n_held_back()
+        piece, self.n_shown = self.text[self.n_shown : end], max(end, self.n_shown)
+        return piece
+
+    def _n_held_back(self):
+        """The number of characters at the end of the text that may be the beginning of a stop text."""
+        lengths = range(1, max(map(len, self.stop), default=0))
+        return max((n for n in lengths if any(len(s) > n and self.text.endswith(s[:n]) for s in self.stop)), default=0)
+
+
+def generate(model, sequence, overflow=None):
+    """Yields the text of a sequence, a piece for each token ("" where no character is complete yet), until
+    sequence.finish_reason is set. Lazy: one model step for each next().
+
+    When n_ctx tokens have passed through the model, the sequence ends, unless there is an `overflow` function: that is
+    called, and the text goes on from the last n_ctx/2 tokens, in a new cache, as their positions have changed.
+    """
+    n_tokens = min(len(sequence.ids) + sequence.n_tokens_to_generate, model.n_ctx)
+    tokens, position, cache = sequence.ids[:], 0, init_cache(model, n_tokens)
+    while sequence.finish_reason is None:
+        if position + len(tokens) > model.n_ctx:
+            if overflow is None:
+                yield sequence.finish("n_ctx")
+                return
+            overflow()
+            tokens, position, cache = sequence.ids[-max(1, model.n_ctx // 2) :], 0, init_cache(model, model.n_ctx)
+        logits, cache = step(model, tokens, cache, position)
+        yield sequence.accept(model.backend.to_numpy(logits))
+        tokens, position = sequence.ids[-1:], position + len(tokens)
