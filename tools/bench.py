@@ -244,19 +244,20 @@ def timed(f):
 class Worker:
     """An engine in a process of its own, which takes tasks as lines of JSON and answers in kind."""
 
-    def __init__(self, name, setup):
+    def __init__(self, name, setup, root=ROOT):
         command = [sys.executable, "-m", "tools.bench", "--worker", json_library.dumps({"name": name, **setup})]
         self.name, self.process = (
             name,
             subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+                command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
             ),
         )
         self.device = self.answer()
 
     def ask(self, task, *arguments):
-        self.process.stdin.write(json_library.dumps([task, *arguments]) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and gives no answer
+            self.process.stdin.write(json_library.dumps([task, *arguments]) + "\n")
+            self.process.stdin.flush()
         return self.answer()
 
     def answer(self):
@@ -265,7 +266,8 @@ class Worker:
         return json_library.loads(line)
 
     def close(self):
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -305,11 +307,15 @@ def save_random_model(folder, hparams):
     (folder / "hparams.json").write_text(json_library.dumps(hparams), encoding="utf-8")
 
 
-def cold_start(folder, backend):
+def cold_start(folder, backend, root=ROOT):
     """Seconds from the start of a process to the end of its first token."""
     command = [sys.executable, "gpt2.py", "The", "--n_tokens_to_generate", "1", "--backend", backend]
     command += ["--model_size", str(Path(folder).resolve())]
-    return timed(lambda: subprocess.run(command, cwd=ROOT, check=True, capture_output=True))
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, encoding="utf-8")
+    if done.returncode:
+        raise OSError(f"{root}: gpt2.py failed: {done.stderr[-200:]}")
+    return time.perf_counter() - started
 
 
 # ---- The table ----
