@@ -6,6 +6,8 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy
+
 import backends
 import cli
 import utils
@@ -74,10 +76,12 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         print(device, file=sys.stderr)
     show = show_beams if num_beams > 1 else show_batch if batch or num_samples > 1 else show_one
     try:
-        show(flags, model, prompts, sequences)
+        with numpy.errstate(all="ignore"):  # what is not finite is reported below
+            show(flags, model, prompts, sequences)
     except FloatingPointError as error:
         names = not_finite(model.params)
-        raise OSError(f"{error}: " + (f"NaN or infinity in {names}" if names else f"{dtype} overflows")) from None
+        reason = f"NaN or infinity in {names}" if names else f"the weights are too large to compute with in {dtype}"
+        raise OSError(f"{error}: {reason}") from None
 
 
 def as_texts(texts):
