@@ -11,6 +11,8 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy
+
 import backends
 import cli
 import utils
@@ -79,7 +81,8 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         print(device, file=sys.stderr)
     show = show_beams if num_beams > 1 else show_batch if batch or num_samples > 1 else show_one
     try:
-        show(flags, model, prompts, sequences)
+        with numpy.errstate(all="ignore"):  # what is not finite is reported below
+            show(flags, model, prompts, sequences)
     except FloatingPointError as error:
         raise OSError(f"{error}: {why_not_finite(model.params, dtype)}") from None
 
