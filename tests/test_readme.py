@@ -41,7 +41,7 @@ def test_links_lead_somewhere():
 
 
 PACKAGES = {"google_crc32c": "google-crc32c"}  # where a package has another name than its module
-OPTIONAL = {"jax", "ml_dtypes", "matplotlib", "optax", "tokenizers"}  # the error that names them gives the command
+OPTIONAL = {"jax", "ml_dtypes", "matplotlib", "tokenizers"}  # the error that names them gives the command
 PEERS = {"torch", "transformers", "ctranslate2"}  # of tools.bench
 
 
