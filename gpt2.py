@@ -25,6 +25,14 @@ Dtypes         float32, float64 or bfloat16: the result has the dtype of the inp
 The names and signatures follow Jay Mody's article "GPT in 60 Lines of NumPy" (2023) and his picoGPT.
 """
 
+if __name__ == "__main__":  # run as a program: Ctrl-C ends it from here on, even while NumPy is being imported
+    import sys
+
+    sys.path.insert(0, __file__.removesuffix("gpt2.py"))  # python -P leaves it out
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import math
 
 from backends import keeps_dtype, np
@@ -239,7 +247,6 @@ def main(prompt, n_tokens_to_generate=40, model_size="", models_dir=None):
 
 
 if __name__ == "__main__":  # python gpt2.py "prompt": the same with a cache, sampling and all flags of inference/
-    import cli
     from inference.__main__ import main as front_door
 
     cli.run(front_door, "gpt2.py")

@@ -1,5 +1,9 @@
 """GPT-2 and nothing else. gpt2.py is the same, explained: the same operations in the same order, bit for bit."""
 
+if __name__ == "__main__":  # run as a program: find the other files even under python -P, and take care of Ctrl-C
+    import sys; sys.path.insert(0, __file__.removesuffix("gpt2_pico.py"))
+    import cli; cli.leave_on_ctrl_c()
+
 import itertools
 import math
 
@@ -63,5 +67,4 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
     print(encoder.decode(ids))
 
 if __name__ == "__main__":
-    from cli import run
-    run(main, "gpt2_pico.py")
+    cli.run(main, "gpt2_pico.py")

@@ -1,11 +1,13 @@
 """The operations of a backend in plain NumPy: what each one means. Read it beside jax_backend.py, which has the same
 names in the same order and compiles."""
 
+import operator
+
 import numpy
 
-from backends import numpy_vmap
+from backends import numpy_threads, numpy_vmap
 from backends.numpy_layout import keep_freed_memory, prepare
-from weights.params import tree_map
+from weights.params import flatten, tree_map
 
 __all__ = ["prepare"]  # lays out the matrices of a model for speed, in place: see numpy_layout.py
 COMPILES = False  # whether each new combination of shapes costs the compilation of a program
@@ -57,13 +59,18 @@ def vmap(f, in_axes=0):
 
 def scan(f, carry, rows):
     """A loop in which each round hands `carry` to the next: carry, y = f(carry, row) for each row of the tree `rows`,
-    whose arrays are cut along axis 0. Returns (the last carry, the y stacked)."""
-    lengths, results = [], []
-    tree_map(lambda leaf: lengths.append(len(leaf)), rows)
-    for i in range(lengths[0]):
-        carry, y = f(carry, tree_map(lambda leaf, i=i: leaf[i], rows))
+    along axis 0 of its arrays. Returns (the last carry, the y of all rounds, stacked)."""
+    results = []
+    for i in range(len(next(iter(flatten(rows).values())))):
+        carry, y = f(carry, tree_map(operator.itemgetter(i), rows))
         results.append(y)
     return carry, tree_map(lambda *parts: numpy.stack(parts), *results)
+
+
+def tune(step):
+    """The function step(params, tokens, ...), tuned while it runs: it gets the number of BLAS threads that is fastest
+    at the moment (numpy_threads.py)."""
+    return numpy_threads.adaptive(step)
 
 
 def update(buffer, new, start):

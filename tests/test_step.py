@@ -223,12 +223,13 @@ def test_micro_batches_change_no_result(x64):
 def test_numpy_trains_as_jax_does(dropout_rate):
     """Ten steps, the same dropout: the same losses within 1e-5."""
     oracle("jax")
-    params, batches = library.init_params(SMALL, 0), np.random.default_rng(3).integers(0, 17, (10, 4, 9))
+    starts = np.random.default_rng(3).integers(0, 17, (10, 4, 1))
+    params, batches = library.init_params(SMALL, 0), (starts + np.arange(9)) % 17  # each id is followed by the next
     schedule = functools.partial(optimizer.learning_rate, peak=1e-2, n_warmup=3, n_steps=10)
     run = functools.partial(train, params, batches, n_head=2, schedule=schedule, dropout_rate=dropout_rate, seed=5)
     found, expected = run(backend="numpy")[1], run(backend="jax")[1]
     assert found == pytest.approx(expected, abs=1e-5)
-    assert found[9] < found[0] - 0.05, "it learns"
+    assert found[9] < found[0] - 0.5, "it learns"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

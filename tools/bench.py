@@ -10,6 +10,11 @@ Limits, measured in the same rounds: a token of one text needs each weight once,
 is the least it can take; 512 tokens at once need as many multiplications as one large product of that size.
 """
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import contextlib
 import importlib.util
 import json as json_library
@@ -293,7 +298,7 @@ def save_random_model(folder, hparams):
     """Random weights as a model folder in OpenAI's layout, with a tokenizer that knows bytes and made-up words."""
     folder = Path(folder)
     save_gpt2_params_to_tf_ckpt(folder / "model.ckpt", random_params(hparams))
-    spellings = [*SPELL.values(), *(f"t{i}" for i in range(256, hparams["n_vocab"] - 1)), END_OF_TEXT]
+    spellings = [*SPELL.values(), *(f"<{i}>" for i in range(256, hparams["n_vocab"] - 1)), END_OF_TEXT]
     ids = {spelling: i for i, spelling in enumerate(spellings)}
     (folder / "encoder.json").write_text(json_library.dumps(ids), encoding="utf-8")
     (folder / "vocab.bpe").write_text("#version: 0.2\n", encoding="utf-8")
@@ -407,6 +412,7 @@ def main(model_size: str = "124M", *, models_dir: str = "", against: str = "", r
     if worker:
         serve(json_library.loads(worker))
         return
+    cli.unwind_on_ctrl_c()  # the temporary folder is to be removed
     engines, folder, hparams = check(model_size, models_dir, against, rounds, dtype, backend, plot)
     tasks = {name: task for name, task in TASKS.items() if task[1][0] < hparams["n_ctx"] - N_DECODE}
     with tempfile.TemporaryDirectory() as scratch:

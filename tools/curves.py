@@ -17,6 +17,11 @@ A batch of b texts reads the weights once for all, so it costs no more than one 
 B and F are measured in the same rounds as all else: B by a sweep of x @ w over the weights, F by one large product.
 """
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import json as json_library
 import statistics
 import sys
@@ -60,6 +65,7 @@ def measure_size(found, size, rounds, everything):
     """Adds a row for `size` to found, and if it is the one for `everything`, those for contexts and batches."""
     hparams, n_weights = bench.HPARAMS[size], bench.weight_bytes(bench.HPARAMS[size], "float32") // 4
     engines = [name for name in backends.NAMES if bench.installed(name)]
+    cli.unwind_on_ctrl_c()  # the temporary folder is to be removed
     with tempfile.TemporaryDirectory() as folder:
         bench.save_random_model(folder, hparams)
         setup = {"dtype": "float32", "folder": folder}

@@ -12,6 +12,11 @@ Changed a line? `--save before.npz` first, and `--against before.npz` after: it 
 gpt2.py knows nothing of this: its functions are wrapped from outside for the time of one run.
 """
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import contextlib
 import functools
 import inspect
@@ -185,7 +190,8 @@ def report(rows, runs, encoder, tolerance):
     yield ""
     best = {name: next_token(run["logits"]) for name, run in runs.items()}
     for name, token in best.items():
-        yield f"{name}: next token {token['id']} {encoder.decode([token['id']])!r}, {token['gap']:.4f} ahead"
+        text = repr(encoder.decode([token["id"]])) if token["id"] in encoder.spellings else "(no token)"
+        yield f"{name}: next token {token['id']} {text}, {token['gap']:.4f} ahead"
     yield f"the next token is {'the same' if len({token['id'] for token in best.values()}) == 1 else 'NOT THE SAME'}"
     beyond = [row["place"] for row in rows if not row["within"]]
     yield (

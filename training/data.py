@@ -12,6 +12,11 @@ when the model learns that text by heart, so only the loss on other text says ho
 one document and begins the next, and a model that is given it as its prompt begins a document.
 """
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import json
 import sys
 from pathlib import Path

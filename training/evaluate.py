@@ -11,6 +11,11 @@ A perplexity is per token, so it compares only models with the same tokenizer. B
 Jelinek et al. 1977 (perplexity); Graves 2013, "Generating Sequences With Recurrent Neural Networks", section 3 (bits).
 """
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import functools
 import json as json_library
 import math
@@ -25,7 +30,7 @@ import utils
 from gpt2 import gpt2
 from training import data
 from training.loss import perplexity, token_losses
-from weights.params import cast, find_dtype, not_finite
+from weights.params import cast, find_dtype, why_not_finite
 
 
 def main(model: str = "", text: str = "", *, stride: int | None = None, backend: str = "numpy",
@@ -58,7 +63,7 @@ def main(model: str = "", text: str = "", *, stride: int | None = None, backend:
     with np.errstate(all="ignore"):  # infinite weights are reported below, in one line
         nats = total_loss(cast(params, dtype), ids, hparams["n_ctx"], stride, hparams["n_head"], backend)
     if not math.isfinite(nats):
-        raise OSError(f"the loss of {model} on {text} is {nats}: {not_finite(params)}")
+        raise OSError(f"the loss of {model} on {text} is {nats}: {why_not_finite(params, dtype)}")
     found = report(nats, ids, encoder, stride)
     print(json_library.dumps(found) if json else table(found))
 

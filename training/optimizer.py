@@ -14,7 +14,7 @@ Everything here is a function of its arguments, and computes with NumPy or JAX, 
 import math
 
 from backends import np
-from weights.params import tree_map
+from weights.params import flatten, tree_map
 
 
 def init_state(params):
@@ -39,9 +39,7 @@ def learning_rate(n_done, peak, n_warmup, n_steps):
 
 def global_norm(tree):
     """The length of all numbers of a tree as one vector: the square root of the sum of their squares."""
-    squares = []
-    tree_map(lambda leaf: squares.append((leaf * leaf).sum()), tree)
-    return np.sqrt(sum(squares))
+    return np.sqrt(sum((leaf * leaf).sum() for leaf in flatten(tree).values()))
 
 
 def clip_by_global_norm(gradients, limit):

@@ -7,6 +7,11 @@ on text that the model is not trained on (validation.bin), prints a sample, and 
 and optimizer.py one step, saves.py the files that a run is resumed from.
 """
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import contextlib
 import importlib.util
 import json
