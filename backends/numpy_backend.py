@@ -5,7 +5,7 @@ import operator
 
 import numpy
 
-from backends import numpy_threads, numpy_vmap
+from backends import numpy_grad, numpy_threads, numpy_vmap
 from backends.numpy_layout import keep_freed_memory, prepare
 from weights.params import flatten, tree_map
 
@@ -86,5 +86,6 @@ def update(buffer, new, start):
 
 
 def value_and_grad(f):
-    """Raises NotImplementedError: NumPy does not record how a value was computed, so it cannot differentiate it."""
-    raise NotImplementedError("gradients need the jax backend: NumPy keeps no record of how a value was computed")
+    """f(params, ...) -> (f's value, its gradient: a tree like params). Raises TypeError as numpy_grad.value_and_grad
+    does."""
+    return numpy_grad.value_and_grad(f)

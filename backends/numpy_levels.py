@@ -163,4 +163,5 @@ def take_along_axis(x, indices, axis):
 
 
 COMPOSED = {f.__name__: f for f in (mean, asarray, stack, expand_dims, split, matmul, take_along_axis)}
+COMPOSED["clip"] = lambda x, low, high: np.minimum(np.maximum(x, low), high)
 PLAIN = {"getitem": operator.getitem, "update": update, "astype": lambda x, dtype: x.astype(dtype)}  # not NumPy's own

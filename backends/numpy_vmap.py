@@ -217,7 +217,8 @@ def matmul(f, x, w):
     if not isinstance(w, Rows) and getattr(w, "ndim", 2) == 2:
         *outer, n_in = x.array.shape
         rows = x.array.reshape(-1, n_in)  # [n_batch, ..., n_in] -> [n_batch * ..., n_in]
-        return (product(rows, w) if isinstance(w, numpy.ndarray) else rows @ w).reshape(*outer, -1)
+        both_plain = isinstance(rows, numpy.ndarray) and isinstance(w, numpy.ndarray)
+        return (product(rows, w) if both_plain else rows @ w).reshape(*outer, -1)
     n = max(ndim(x), ndim(w))
     return f(align(x, n), align(w, n))
 
@@ -268,11 +269,11 @@ def update(f, buffer, new, start):
     columns = [part.array.tolist() if type(getattr(part, "array", None)) is numpy.ndarray else
                part.array if isinstance(part, Rows) else [part] * n_batch for part in start]  # fmt: skip
     rows = [f(*row) for row in zip(buffer, new, zip(*columns, strict=True), strict=True)]
-    return buffer if isinstance(buffer, numpy.ndarray) else np.stack(rows)
+    return np.stack(rows) if isinstance(rows[0], Tracer) else buffer
 
 
 ELEMENTWISE = """
-add subtract multiply divide floor_divide remainder power maximum minimum clip where negative absolute abs sign square
+add subtract multiply divide floor_divide remainder power maximum minimum where negative absolute abs sign square
 exp log sqrt tanh sin cos floor ceil less less_equal greater greater_equal equal not_equal isnan isinf isfinite
 logical_and logical_or logical_not bitwise_and bitwise_or invert copy zeros_like ones_like"""
 RULES = {

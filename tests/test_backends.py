@@ -88,9 +88,18 @@ def test_unknown_backends_are_refused():
         backends.get("torch")
 
 
-def test_numpy_says_why_it_has_no_gradients():
-    with pytest.raises(NotImplementedError, match="gradients need the jax backend"):
-        backends.get("numpy").value_and_grad(abs)
+def test_value_and_grad_is_that_of_the_first_argument(backend):
+    params, x = backend.asarray(({"w": numpy.float32([1, 2]), "b": [numpy.float32([3])]}, numpy.float32([5, 7])))
+    value, gradient = backend.value_and_grad(lambda p, x: ((p["w"] * x).sum() + p["b"][0][0]) ** 2)(params, x)
+    assert float(value) == 22**2
+    gradient = backend.to_numpy(gradient)
+    assert gradient["w"].tolist() == [220, 308]
+    assert gradient["b"][0].tolist() == [44]
+    assert gradient["w"].dtype == numpy.float32
+    with pytest.raises(TypeError, match="int32"):
+        backend.value_and_grad(lambda x: x.sum())(backend.asarray(numpy.int32([1])))
+    with pytest.raises(TypeError, match="shape"):
+        backend.value_and_grad(lambda x: x)(x)
 
 
 @pytest.mark.parametrize(("n", "start"), [(2, 2), (1, 3), (1, 5), (1, -1), (1, -2)])

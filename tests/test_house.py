@@ -16,6 +16,7 @@ import backends
 from inference.__main__ import main as front_door
 
 FILES = {str(path.relative_to(ROOT)): path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))}
+FILES = {name: path for name, path in FILES.items() if not name.startswith("docs/")}  # what draws pictures
 FILES = {name: path.read_text(encoding="utf-8") for name, path in FILES.items() if not name.startswith("tests/")}
 MODULES = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): code for name, code in FILES.items()}
 FOUR = ("gpt2.py", "gpt2_pico.py", "encoder.py", "utils.py")  # the core

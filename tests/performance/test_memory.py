@@ -39,6 +39,8 @@ def test_prepare_gives_the_memory_of_what_it_copies_back(tmp_path):
     if not maps.exists() or jax.default_backend() != "cpu":
         pytest.skip("looks at /proc, and for copies that are made on a CPU")
     shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
+    hparams = {"n_vocab": 512, "n_ctx": 96, "n_embd": 160, "n_head": 4, "n_layer": 3}  # each matrix above 64 KiB
+    utils.save_model(tmp_path, hparams, random_params(**hparams), ["tf"])
 
     def n_mapped():
         return sum(line.endswith(str(tmp_path / utils.DATA)) for line in maps.read_text(encoding="utf-8").splitlines())
