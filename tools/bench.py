@@ -247,15 +247,13 @@ def choose_engines(backend, against):
     out, and a line on stderr says so."""
     if backend:
         backends.get(backend)
-    engines = [backend] if backend else [name for name in backends.NAMES if installed(name)]
-    for peer in filter(None, against.split(",")):
+    peers = [peer for peer in against.split(",") if peer]
+    for peer in peers:
         if peer not in PEERS:
             raise ValueError(f"unknown peer {peer!r}: choose from {', '.join(PEERS)}")
-        if installed(peer):
-            engines.append(peer)
-        else:
+        if not installed(peer):
             print(f"{peer} is not installed and left out", file=sys.stderr)
-    return engines
+    return list(filter(installed, [*([backend] if backend else backends.NAMES), *peers]))
 
 
 def report(found):

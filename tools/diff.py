@@ -215,8 +215,6 @@ def main(prompt: str = "Once upon a time", *, model_size: str = "3M", models_dir
         raise ValueError("--against stands in for run b: leave out --backend_b and --dtype_b")
     settings = {f"{backend_a} {dtype_a}": (backend_a, dtype_a)}
     settings |= {} if against else {f"{backend_b} {dtype_b}": (backend_b, dtype_b)}
-    for backend, _ in settings.values():
-        backends.get(backend)
     settings |= {f"{name} jit": (*setting, True) for name, setting in settings.items() if setting[0] == "jax"}
     encoder, hparams, params = utils.load_encoder_hparams_and_params(model_size, models_dir)
     ids = utils.first_ids(encoder, prompt)
