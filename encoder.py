@@ -1,32 +1,42 @@
-"""Text to token ids and back: GPT-2's byte-level byte-pair encoding (BPE).
+"""Text to token ids and back: byte-level byte-pair encoding (BPE), the tokenizer of GPT-2.
 
-A model counts; it cannot read. A tokenizer cuts text into pieces from a fixed vocabulary and hands over their numbers:
+A language model works on numbers. A tokenizer cuts a text into tokens, strings from a fixed vocabulary, and replaces
+each by its number, the token id:
 
     "hello world"  ->  ["hello", " world"]  ->  [31373, 995]
 
-Four steps, each a few lines below:
-1. The text is split into words, numbers, runs of signs and runs of white space. No token reaches across such a border.
-2. Each piece becomes bytes (UTF-8), so that 256 symbols suffice for every text in the world: nothing is ever unknown.
-3. Inside a piece, neighbours are merged, the pair with the lowest rank first: the rank is its line in vocab.bpe, where
-   the pair most frequent in the training text stands first. This goes on until no neighbours have a rank.
+Why not one token for each word, or for each letter? Words would need an endless vocabulary, and a new word would have
+no token. Letters would make every text four times as long, and a model computes as much for each token, however short.
+BPE lies between: it starts from single symbols and merges the most frequent pair of neighbours into a new token, again
+and again, until the vocabulary has the wanted size. Frequent words become one token, rare ones several.
+
+Encoding takes four steps, each a few lines below:
+1. The text is split into pieces: words, numbers, runs of signs, runs of white space. No token crosses the border of a
+   piece, so that "dog", "dog." and "dog!" share the token "dog" instead of each having a token of its own.
+2. Each piece becomes bytes, in UTF-8. There are only 256 bytes, all of them tokens, so there is no text that has no
+   encoding. An emoji is four bytes: two to four tokens, unless it was frequent enough for a token of its own.
+3. Within a piece, neighbouring symbols are merged: first the pair with the lowest rank, which is its line number in
+   vocab.bpe, the order in which training found it. This is repeated until no two neighbours have a rank.
 4. Each symbol that is left has an id in encoder.json.
 
-Decoding is a concatenation of bytes. A token may end in the middle of a character: see `Encoder.stream`.
+Decoding joins the bytes of the tokens. A token may end in the middle of a character (the first token of an emoji does),
+so the bytes are decoded as UTF-8 only when they are all there.
 
-Sources: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", §3.2 (BPE);
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", §2.2 (on bytes).
+Sources: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", section 3.2 (BPE);
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2 (on bytes).
 """
 
 import functools
 import heapq
-from collections import defaultdict
+import itertools
+import operator
 from pathlib import Path
 
 import regex
 
-from weights.files import read_json, read_text
+from weights.tokenizer import check_vocabulary, read_tokenizer
 
-END_OF_TEXT = "<|endoftext|>"  # stands between the documents a model was trained on; the one special token of GPT-2
+END_OF_TEXT = "<|endoftext|>"  # stands between the documents of the training text; the one special token of GPT-2
 
 PIECES = regex.compile(
     "|".join(
@@ -35,7 +45,7 @@ PIECES = regex.compile(
             r" ?\p{L}+",  # letters, with the space before them: " world" is one piece
             r" ?\p{N}+",  # digits, likewise
             r" ?[^\s\p{L}\p{N}]+",  # signs, likewise
-            r"\s+(?!\S)",  # white space, but for its last character if a word follows (which takes a space along)
+            r"\s+(?!\S)",  # white space, without its last character if a word follows: a word takes a space along
             r"\s+",
         ]
     )
@@ -43,10 +53,10 @@ PIECES = regex.compile(
 
 
 def byte_spellings():
-    """{byte: character}: the printable stand-in under which the vocabulary files spell each of the 256 bytes.
+    """{byte: character}: the printable character with which the vocabulary files spell each of the 256 bytes.
 
-    Those that print well spell themselves. The other 68 (controls, space, newline, ...) take the characters from 256
-    on, in order, so a space is written "Ġ" (32 -> 288) and a newline "Ċ" (10 -> 266).
+    A byte that is a printable character spells itself. The other 68 (controls, space, newline, ...) are spelled with
+    the characters from 256 on, in order: a space is "Ġ" (32 -> 288), a newline "Ċ" (10 -> 266).
     """
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -57,21 +67,30 @@ SPELL = byte_spellings()
 UNSPELL = {ord(character): byte for byte, character in SPELL.items()}
 
 
+def spell(text):
+    """str -> one printable character for each byte of its UTF-8. " é" -> "ĠÃ©" """
+    return "".join(SPELL[byte] for byte in text.encode("utf-8", "surrogatepass"))
+
+
 class Encoder:
-    """`ids` is {spelling: id}, as in encoder.json; `merges` lists pairs of spellings, as in vocab.bpe, best first."""
+    """`ids` is {spelling: id}, as in encoder.json; `merges` lists pairs of spellings, as in vocab.bpe, best first.
+
+    n_vocab is the largest id + 1; an id below it need not have a token.
+    """
 
     def __init__(self, ids, merges):
         self.ids = ids
         self.spellings = {i: spelling for spelling, i in ids.items()}
-        self.ranks = dict(zip(merges, range(len(merges)), strict=True))
+        self.n_vocab = max(self.spellings, default=-1) + 1
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.end_of_text = ids.get(END_OF_TEXT)
-        # Text repeats its words: remembered are the last 65,536 different pieces, but no monster among them.
+        # Text repeats its words, so the last 65,536 different pieces are remembered.
         self._cached_encode_piece = functools.lru_cache(maxsize=2**16)(self._encode_piece)
 
     def encode(self, text, allowed_special=()):
-        """str -> list of ids. Never fails on a text: a lone surrogate, which no UTF-8 can hold, counts as U+FFFD.
+        """str -> list of ids. Every text has an encoding; a lone surrogate, which UTF-8 cannot hold, counts as U+FFFD.
 
-        "<|endoftext|>" is thirteen ordinary characters, unless allowed_special contains it: whoever typed it into a
+        "<|endoftext|>" is thirteen ordinary characters, unless allowed_special contains it: a user who types it into a
         prompt may not know that it ends a document. Raises ValueError for any other special token.
         """
         text = replace_lone_surrogates(text)
@@ -87,70 +106,58 @@ class Encoder:
         return ids
 
     def decode(self, ids):
-        """ids -> str. Bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id outside the vocabulary."""
+        """ids -> str. `ids` is a list or an array of whole numbers. Bytes that are not UTF-8 become U+FFFD. Raises
+        ValueError for an id without a token."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, i):
-        """One id -> its bytes, which need not be whole characters."""
+        """One id -> its bytes, which need not be whole characters. Raises ValueError for an id without a token."""
+        i = operator.index(i)  # JAX's numbers cannot be looked up in a dict
         if i not in self.spellings:
             raise ValueError(f"token id {i} is not in the vocabulary of {len(self.spellings)} tokens")
         try:
             return self.spellings[i].translate(UNSPELL).encode("latin-1")
         except UnicodeEncodeError:
-            raise OSError(f"token {i}, {self.spellings[i]!r}, is not spelled in the stand-ins for bytes") from None
+            raise OSError(f"token {i}, {self.spellings[i]!r}, contains a character that spells no byte") from None
 
     def _encode_ordinary(self, text):
         ids = []
-        for piece in PIECES.findall(text):
+        for piece in PIECES.findall(text):  # long pieces seldom come twice, and would fill the memory
             ids += self._cached_encode_piece(piece) if len(piece) <= 64 else self._encode_piece(piece)
         return ids
 
     def _encode_piece(self, piece):
-        symbols = merge([SPELL[byte] for byte in piece.encode("utf-8")], self.ranks)
         try:
-            return [self.ids[symbol] for symbol in symbols]
+            return [self.ids[symbol] for symbol in merge(spell(piece), self.ranks)]
         except KeyError as missing:
-            raise OSError(
-                f"the tokenizer's two files do not match: merges lead to {missing}, which has no id"
-            ) from None
-
-    def check(self):
-        """Raises OSError unless each merge leads to a token and each token is bytes. Takes longer than loading."""
-        if odd := next((a + b for a, b in self.ranks if a + b not in self.ids), None):
-            raise OSError(f"the tokenizer's two files do not match: merges lead to {odd!r}, which has no id")
-        for i in self.spellings:
-            self.token_bytes(i)
+            raise OSError(f"the tokenizer's files do not match: merges lead to {missing}, which has no id") from None
 
 
-# Searching all pairs for the best one after each merge would cost O(n²), minutes for a line of a million dashes. Here
-# the places where a pair stands wait in a bucket by its rank, and a merge looks only at the two new pairs that it
-# makes: O(n log n), the log from sorting buckets.
 def merge(symbols, ranks):
-    """Merges neighbours in a list of strings, lowest rank first, left to right, until no two have one in {pair: rank}.
+    """Merges neighbours in a sequence of strings, lowest rank first, then from left to right, until no two neighbours
+    have a rank in {pair: rank}. Returns the list of symbols that are left.
 
-    merge(list("hello"), {("l", "l"): 0, ("h", "e"): 1, ("he", "ll"): 2})  ->  ["hell", "o"]
+    merge("hello", {("l", "l"): 0, ("h", "e"): 1, ("he", "ll"): 2})  ->  ["hell", "o"]
+
+    Takes O(n log n) time: after a merge only the two new pairs are looked up. Searching all pairs again would be
+    O(n^2), minutes for a line of a million dashes.
     """
-    symbols = [*symbols, ""]  # "" marks the end, and what was merged away: no ranked pair contains it
-    # Who stands next to whom, as they become fewer: a ring, closed by the end mark, so that nobody is on the edge.
-    before, after = list(range(-1, len(symbols) - 1)), [*range(1, len(symbols)), 0]
-    buckets, queue = defaultdict(list), []  # {rank: places of its pairs}; a heap of these ranks
-
-    def wait(places):
-        for place in places:
+    n, symbols = len(symbols), [*symbols, ""]  # "" marks the end, and what was merged away: no pair with it has a rank
+    before, after = [*range(-1, n)], [*range(1, n + 1), 0]  # the neighbours of each symbol: a circular linked list
+    # A heap of (rank, left): the pair with the lowest rank, and of equal ones the leftmost, comes out first. The two
+    # are packed into one number, which is quicker to compare.
+    heap = [ranks[pair] * n + left for left, pair in enumerate(itertools.pairwise(symbols)) if pair in ranks]
+    heapq.heapify(heap)
+    while heap:
+        rank, left = divmod(heapq.heappop(heap), n)
+        right = after[left]
+        if ranks.get((symbols[left], symbols[right])) != rank:
+            continue  # an earlier merge took one of the two
+        symbols[left], symbols[right] = symbols[left] + symbols[right], ""
+        after[left], before[after[right]] = after[right], left
+        for place in (before[left], left):
             if (rank := ranks.get((symbols[place], symbols[after[place]]))) is not None:
-                if rank not in buckets:
-                    heapq.heappush(queue, rank)
-                buckets[rank].append(place)
-
-    wait(range(len(symbols) - 1))
-    while queue:
-        rank = heapq.heappop(queue)
-        for left in sorted(buckets.pop(rank)):
-            right = after[left]
-            if ranks.get((symbols[left], symbols[right])) == rank:  # else an earlier merge took one of the two
-                symbols[left], symbols[right] = symbols[left] + symbols[right], ""
-                after[left], before[after[right]] = after[right], left
-                wait((before[left], left))
+                heapq.heappush(heap, rank * n + place)
     return [symbol for symbol in symbols if symbol]
 
 
@@ -163,19 +170,15 @@ def replace_lone_surrogates(text):
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+# ---- From files ----
+
+
 def get_encoder(model_size, models_dir):
-    """The Encoder of the model folder models_dir/model_size: OpenAI's encoder.json and vocab.bpe, or the same two under
-    Hugging Face's names, vocab.json and merges.txt. Raises OSError naming the file that is missing or damaged."""
-    folder = Path(models_dir) / model_size
-    names = ("vocab.json", "merges.txt") if (folder / "vocab.json").exists() else ("encoder.json", "vocab.bpe")
-    lines = read_text(folder / names[1]).splitlines()
-    lines = (
-        lines[1:] if lines and lines[0].startswith("#version") else lines
-    )  # only there: "# #" is a merge like others
-    merges = [tuple(line.split(" ")) for line in lines if line]
-    if any(len(pair) != 2 for pair in merges):
-        raise OSError(f"{folder / names[1]}: a line is not two symbols with a space between them")
-    ids = read_json(folder / names[0])
-    if set(ids.values()) != set(range(len(ids))) or not set(SPELL.values()) <= ids.keys():
-        raise OSError(f"{folder / names[0]}: its ids must be 0, 1, 2, ... and the 256 bytes must be among its tokens")
+    """The Encoder of the model folder models_dir/model_size, from one of the layouts in weights/tokenizer.py. Raises
+    OSError naming the file that is missing or damaged."""
+    file, ids, merges, added = read_tokenizer(Path(models_dir) / model_size)
+    # The files spell ordinary tokens byte by byte; the tokens that were added later stand there as plain text.
+    ids = {spelling: i for spelling, i in ids.items() if spelling not in added}
+    ids |= {spell(text): i for text, i in added.items()}
+    check_vocabulary(file, ids, merges, {*SPELL.values(), *map(spell, added)})
     return Encoder(ids, merges)

@@ -16,14 +16,22 @@ Shapes         `# [in] -> [out]` at the end of a line gives the shape before and
                n_seq: tokens in the input, at most n_ctx; n_vocab: tokens in the vocabulary; n_embd: numbers that
                represent one token; n_layer blocks; n_head heads of d_head = n_embd / n_head numbers each.
 Libraries      `np` computes with NumPy or JAX, whichever the arrays belong to: see backends/__init__.py.
-Dtypes         float32, float64 or bfloat16: the result has the dtype of the input. `@keeps_dtype` sees to that for
-               bfloat16; it does nothing for the other two. Constants are Python floats, as a NumPy float64 would turn
-               every float32 array that it meets into float64.
+Dtypes         float32, float64 or bfloat16: the result has the dtype of the input. `@keeps_dtype` makes this true for
+               bfloat16; for the other two it does nothing: skip it on a first reading. Constants are Python floats, as
+               a NumPy float64 would turn every float32 array that it meets into float64.
 
 [GPT-2]        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
 [Transformer]  Vaswani et al. 2017, "Attention Is All You Need"
 The names and signatures follow Jay Mody's article "GPT in 60 Lines of NumPy" (2023) and his picoGPT.
 """
+
+if __name__ == "__main__":  # run as a program: Ctrl-C ends it from here on, even while NumPy is being imported
+    import sys
+
+    sys.path.insert(0, __file__.removesuffix("gpt2.py"))  # python -P leaves it out
+    import cli
+
+    cli.leave_on_ctrl_c()
 
 import math
 
@@ -35,7 +43,7 @@ from backends import keeps_dtype, np
 @keeps_dtype(compute="float32")
 def gelu(x):
     """The Gaussian error linear unit, the nonlinearity of the feed-forward network, for x of any shape: close to x for
-    positive numbers, close to 0 for negative ones (Hendrycks & Gimpel 2016, section 2).
+    large positive numbers, close to 0 for large negative ones (Hendrycks & Gimpel 2016, section 2).
 
     This is the approximation with tanh, not the exact form with erf: GPT-2 was trained with it, and the two differ by
     up to 5e-4.
@@ -57,8 +65,8 @@ def layer_norm(x, g, b, eps=1e-5):
     """Layer normalization (Ba et al. 2016, section 3): each vector of x, [..., n_embd], is shifted and scaled to mean 0
     and variance 1, then scaled by g and shifted by b, both [n_embd] and learned.
 
-    Why: vectors grow as the blocks add to them. Normalized, every layer gets inputs of the same size whatever its
-    depth, and training is stable. eps avoids a division by zero for a constant vector.
+    Why: vectors grow as the blocks add to them. With normalization every layer gets inputs of the same
+    size, at any depth, and training is stable. eps avoids a division by zero for a constant vector.
     """
     centred = x - x.sum(axis=-1, keepdims=True) / x.shape[-1]
     variance = (centred * centred).sum(axis=-1, keepdims=True) / x.shape[-1]  # [..., n_embd] -> [..., 1]
@@ -80,7 +88,8 @@ def ffn(x, c_fc, c_proj):
     nonlinearity between them, applied to each row of x, [n_seq, n_embd], by itself.
 
     Why the nonlinearity: two linear layers in a row are only one linear layer with another matrix. Why four times as
-    wide in between: more hidden units can each react to a different pattern; 4 is the ratio of [Transformer].
+    wide in between: each of the 4*n_embd hidden numbers can react to another pattern, so more of them react to more
+    patterns; 4 is the ratio of [Transformer].
     """
     hidden = gelu(linear(x, **c_fc))  # [n_seq, n_embd] -> [n_seq, 4*n_embd]
     return linear(hidden, **c_proj)  # [n_seq, 4*n_embd] -> [n_seq, n_embd]
@@ -94,7 +103,8 @@ def attention_scores(q, k):
     """The similarity of each query and each key: their dot product, divided by sqrt(d_head) ([Transformer] section
     3.2.1)."""
     # A dot product of d_head random terms is about sqrt(d_head) in size. Undivided, such large scores saturate softmax:
-    # one weight is nearly 1 and the others nearly 0, and then gradients vanish and training stops improving them.
+    # one weight is nearly 1, the others nearly 0. A small change of a score then changes hardly any weight (the
+    # gradient is nearly 0), so training cannot improve the scores.
     return q / math.sqrt(q.shape[-1]) @ k.mT  # [..., n_query, d_head] -> [..., n_query, n_key]
 
 
@@ -109,14 +119,16 @@ def attention(q, k, v, mask):
     query may attend to that key.
     """
     scores = attention_scores(q, k)  # [..., n_query, d_head] -> [..., n_query, n_key]
-    # -1e10, as in OpenAI's code: so far below any score that softmax makes it exactly 0. Minus infinity could give NaN.
+    # -1e10, as in OpenAI's code: so far below any score that softmax makes it exactly 0. With minus infinity, a row
+    # that is masked completely would give NaN.
     weights = softmax(np.where(mask, scores, scores.dtype.type(-1e10)))
     return weights @ v  # [..., n_query, n_key] -> [..., n_query, d_head]
 
 
 def split_heads(x, n_head):
     """Cuts each vector into n_head pieces of d_head numbers and makes the heads the first axis, so that one product
-    computes all of them. Numbers 0 to d_head - 1 of each vector go to head 0, the next d_head to head 1, and so on."""
+    computes all of them. Numbers 0 to d_head - 1 of each vector go to head 0, the next d_head to head 1, and so on. A
+    reshape straight to [n_head, n_seq, d_head] would have the right shape, but would mix the tokens."""
     n_seq, n_embd = x.shape
     return x.reshape(n_seq, n_head, n_embd // n_head).swapaxes(0, 1)  # [n_seq, n_embd] -> [n_head, n_seq, d_head]
 
@@ -139,7 +151,7 @@ def mha(x, c_attn, c_proj, n_head):
     q, k, v = (split_heads(part, n_head) for part in (q, k, v))  # [n_seq, n_embd] -> [n_head, n_seq, d_head]
     # The causal mask: row i is True up to column i, so a position attends to itself and to earlier ones only. In
     # training, where the whole text is the input, a position could otherwise read the next token instead of predicting
-    # it. In generation, it means that adding a token changes nothing for the earlier ones.
+    # it. In generation, it means that a new token changes nothing for the earlier ones.
     mask = np.tri(len(x), dtype=bool)  # -> [n_seq, n_seq]
     x = merge_heads(attention(q, k, v, mask))  # [n_head, n_seq, d_head] -> [n_seq, n_embd]
     return linear(x, **c_proj)
@@ -153,8 +165,9 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head):
 
     Why residual additions (x + ...): a block only has to learn a correction to x, and in training the gradient reaches
     the first block through the additions undiminished; without them deep stacks hardly learn (He et al. 2015). Why
-    normalize before each part and not after, as [Transformer] does: then nothing stands in the way of the additions
-    ([GPT-2] section 2.3, which adds one more layer norm after the last block).
+    normalize before each part, and not after it as [Transformer] does: then x itself is never normalized, and x and its
+    gradient pass from block to block through additions alone ([GPT-2] section 2.3, which adds one more layer norm after
+    the last block).
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -164,17 +177,20 @@ def embed(inputs, wte, wpe):
     """The vector of each token (its row of wte) plus the vector of its position (rows 0, 1, 2, ... of wpe), all
     learned.
 
-    Why positions: attention compares vectors and nothing else. Without wpe an earlier word would look the same wherever
-    it stands, and "dog bites man" would give the same prediction as "man bites dog" with the words exchanged.
+    Why positions: attention compares vectors, and a row of wte does not say where its token stands. Without wpe, a
+    block would compute the same for the last token of "Lily and Tom went" and of "Tom and Lily went".
     """
     return wte[np.asarray(inputs)] + wpe[: len(inputs)]  # [n_seq] -> [n_seq, n_embd]
 
 
 @keeps_dtype
 def unembed(x, wte):
-    """The logits: the dot product of each vector with each token embedding. wte serves here again (weight tying, Press
-    & Wolf 2017): what makes a token's vector a good input also makes it a good target, and 38 million parameters of
-    124M are stored and trained once."""
+    """The logits: the dot product of each vector with each token embedding.
+
+    wte serves here again (weight tying, Press & Wolf 2017): tokens that are used alike need similar vectors at the
+    input and similar logits at the output, so one table can serve both, and 38 million of 124M's parameters are stored
+    once, not twice.
+    """
     return x @ wte.T  # [..., n_embd] -> [..., n_vocab]
 
 
@@ -203,7 +219,7 @@ def check_inputs(inputs, n_new, n_vocab, n_ctx):
     """
     n_seq = len(inputs)
     if n_seq == 0 or n_new < 0:
-        raise ValueError(f"{n_seq} input ids and {n_new} new tokens: there must be at least 1 and at least 0")
+        raise ValueError(f"{n_seq} input ids and {n_new} new tokens: at least 1 and at least 0 are needed")
     if n_seq + n_new > n_ctx:
         raise ValueError(
             f"prompt {n_seq} + {n_new} new = {n_seq + n_new} tokens > n_ctx {n_ctx}, all that this model can see: "
@@ -218,7 +234,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
     changed. Raises ValueError as check_inputs does.
 
     This is the loop to read, not the fast one: each new token sends all earlier ones through the model again.
-    inference/kv_cache.py keeps what does not change.
+    inference/kv_cache.py keeps the keys and values of the earlier tokens instead.
     """
     check_inputs(inputs, n_tokens_to_generate, n_vocab=len(params["wte"]), n_ctx=len(params["wpe"]))
     ids = list(inputs)
@@ -239,7 +255,6 @@ def main(prompt, n_tokens_to_generate=40, model_size="", models_dir=None):
 
 
 if __name__ == "__main__":  # python gpt2.py "prompt": the same with a cache, sampling and all flags of inference/
-    import cli
     from inference.__main__ import main as front_door
 
     cli.run(front_door, "gpt2.py")

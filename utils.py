@@ -8,8 +8,17 @@ tokenizer). Both are loaded as the same `params`.
     python utils.py convert models/3M out --layout hf        writes a model in the other layout
 """
 
+if __name__ == "__main__":  # run as a program: Ctrl-C ends it from here on
+    import sys
+
+    sys.path.insert(0, __file__.removesuffix("utils.py"))
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import contextlib
 import difflib
+import functools
 import json
 import sys
 from pathlib import Path
@@ -21,6 +30,7 @@ from weights.download import BASE_URL, DATA, INDEX, SHA256, TF_FILES, download_g
 from weights.files import read_json, replacing, write_text
 from weights.huggingface import load_gpt2_params_from_hf, save_gpt2_params_to_hf
 from weights.tensorflow import load_gpt2_params_from_tf_ckpt, save_gpt2_params_to_tf_ckpt
+from weights.tokenizer import tokenizer_texts
 
 __all__ = ["BASE_URL", "DATA", "INDEX", "SHA256", "TF_FILES", "download_gpt2_files", "load_gpt2_params_from_tf_ckpt"]
 
@@ -51,10 +61,8 @@ def load_model(model_size="", models_dir=None, base_url=None):
 def load_folder(folder):
     """(Encoder, hparams, params) of a model folder whose files are there. Raises OSError as above."""
     encoder, hparams = get_encoder(folder.name, folder.parent), read_hparams(folder)
-    if max(encoder.spellings) >= hparams["n_vocab"]:
-        raise OSError(
-            f"{folder}: the tokenizer has ids up to {max(encoder.spellings)}, n_vocab is {hparams['n_vocab']}"
-        )
+    if encoder.n_vocab > hparams["n_vocab"]:
+        raise OSError(f"{folder}: the tokenizer has ids up to {encoder.n_vocab - 1}, n_vocab is {hparams['n_vocab']}")
     if is_hf_folder(folder):
         return encoder, hparams, load_gpt2_params_from_hf(folder / "model.safetensors", hparams)
     return encoder, hparams, load_gpt2_params_from_tf_ckpt(tensorflow.latest_checkpoint(folder / "checkpoint"), hparams)
@@ -124,19 +132,32 @@ class Ending(NamedTuple):
 
 def read_ending(folder, encoder, hparams):
     """The Ending of a model folder: `end_ids` and `stop_at_eos` of hparams.json, or `eos_token_id` of Hugging Face's
-    generation_config.json. Where neither says anything: <|endoftext|>, at which OpenAI's models do not stop (they go on
-    with another document) and others do. Raises OSError for values that are no token ids."""
-    file = folder / ("generation_config.json" if is_hf_folder(folder) else "hparams.json")
-    found = read_json(file) if file.exists() else {}
-    fallback = () if encoder.end_of_text is None else (encoder.end_of_text,)
-    end_ids = found.get("eos_token_id", found.get("end_ids"))
-    if is_hf_folder(folder) and file.exists() and end_ids is None:
-        return Ending(fallback, False)
-    end_ids = fallback if end_ids is None else tuple(end_ids) if isinstance(end_ids, list) else (end_ids,)
-    if odd := [i for i in end_ids if type(i) is not int or not 0 <= i < hparams["n_vocab"]]:
+    generation_config.json, or of config.json where that is missing. Raises OSError for values that are no token ids.
+
+    Where nothing is said, <|endoftext|> ends a text. OpenAI's models do not stop at it (they go on with another
+    document), nor do Hugging Face's without an eos_token_id; others do.
+    """
+    if is_hf_folder(folder):
+        file = next(folder / name for name in ("generation_config.json", "config.json") if (folder / name).exists())
+        end_ids = read_json(file).get("eos_token_id")
+        stop_at_eos, limit = end_ids is not None, 2**24  # transformers writes 50256 even for fewer tokens
+    else:
+        file, limit = folder / "hparams.json", hparams["n_vocab"]
+        found = read_json(file)
+        end_ids, stop_at_eos = found.get("end_ids"), found.get("stop_at_eos", limit != 50257)
+    if end_ids is None:
+        end_ids = [] if encoder.end_of_text is None else [encoder.end_of_text]
+    end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
+    if odd := [i for i in end_ids if type(i) is not int or not 0 <= i < limit]:
         raise OSError(f"{file}: the end id {odd[0]!r:.40} is not one of the {hparams['n_vocab']} token ids")
-    is_openai = hparams["n_vocab"] == 50257
-    return Ending(end_ids, found.get("stop_at_eos", "eos_token_id" in found or not is_openai))
+    return Ending(tuple(i for i in end_ids if i < hparams["n_vocab"]), bool(stop_at_eos))
+
+
+@functools.lru_cache
+def ids_without_token(encoder, n_vocab, end_ids=()):
+    """The ids below n_vocab that must not be chosen: those for which the tokenizer has no token, but end_ids. A model
+    may have more rows in wte than its tokenizer has tokens: padding to a round number, or gaps in the ids."""
+    return tuple(sorted(set(range(n_vocab)) - encoder.spellings.keys() - set(end_ids)))
 
 
 def first_ids(encoder, prompt):
@@ -151,15 +172,20 @@ def first_ids(encoder, prompt):
 
 
 def save_tokenizer(source, folder, layouts=LAYOUTS):
-    """Copies the two files of a tokenizer from the folder `source`, unchanged, under the names of each layout. Raises
-    OSError if one is missing or damaged."""
-    get_encoder(Path(source).name, Path(source).parent)
-    pairs = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
-    for tf, hf in pairs.items():
-        data = next(Path(source, name) for name in (hf, tf) if Path(source, name).exists()).read_bytes()
-        for layout in layouts:
-            with replacing(Path(folder, tf if layout == "tf" else hf)) as part:
-                part.write_bytes(data)
+    """Writes the tokenizer of the folder `source` as the two files of each layout: unchanged if the source has them,
+    else made from its tokenizer.json. Raises OSError if one is missing or damaged."""
+    source, names = Path(source), {"hf": ("vocab.json", "merges.txt"), "tf": ("encoder.json", "vocab.bpe")}
+    encoder = get_encoder(source.name, source.parent)
+    data = [text.encode() for text in tokenizer_texts(encoder.ids, encoder.ranks)]
+    for vocabulary, merges in names.values():
+        if (source / vocabulary).exists() and read_json(source / vocabulary) == encoder.ids:
+            data = [(source / vocabulary).read_bytes(), (source / merges).read_bytes()]
+            break
+    for layout in layouts:
+        for name, content in zip(names[layout], data, strict=True):
+            with replacing(Path(folder, name)) as part:
+                part.write_bytes(content)
+    get_encoder(Path(folder).name, Path(folder).parent)  # what was written can be read
 
 
 def save_model(folder, hparams, params, layouts=LAYOUTS, name="model.ckpt", ending=None):
@@ -182,7 +208,6 @@ def save_model(folder, hparams, params, layouts=LAYOUTS, name="model.ckpt", endi
 
 
 if __name__ == "__main__":
-    import cli
     from tools import models
 
     cli.run({"verify": models.verify, "convert": models.convert}, "utils.py")

@@ -13,11 +13,10 @@ import types
 
 import numpy
 
-from backends import numpy_backend
-
 NAMES = ("numpy", "jax")
 
 
+@functools.lru_cache
 def get(name):
     """The module that computes with `name`, "numpy" or "jax". Raises ValueError for any other, or if it is missing."""
     if name not in NAMES:
@@ -63,8 +62,11 @@ np = _Namespace()
 
 
 def update(buffer, new, start):
-    """`update` of the backend that `buffer` belongs to: see there."""
-    return (numpy_backend if namespace_of([buffer]) is numpy else get("jax")).update(buffer, new, start)
+    """`update` of the backend that the arguments belong to: see there."""
+    library = namespace_of((buffer, new, start))
+    if library is numpy:
+        return get("numpy").update(buffer, new, start)
+    return (library if hasattr(library, "update") else get("jax")).update(buffer, new, start)
 
 
 def keeps_dtype(layer=None, *, compute=None):
@@ -81,18 +83,5 @@ def keeps_dtype(layer=None, *, compute=None):
         if x.dtype.itemsize != 2:
             return layer(x, *args, **kwargs)
         return layer(x if compute is None else x.astype(compute), *args, **kwargs).astype(x.dtype)
-
-    return wrapped
-
-
-def in_float32(layer):
-    """A layer that takes a bfloat16 argument to float32, computes there, and rounds only its result.
-
-    bfloat16 carries 8 significant bits: a sum of a thousand such terms would lose the small ones on the way.
-    """
-
-    @functools.wraps(layer)
-    def wrapped(x, *args, **kwargs):
-        return layer(x.astype(numpy.float32) if x.dtype.itemsize == 2 else x, *args, **kwargs)
 
     return wrapped

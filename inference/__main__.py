@@ -1,5 +1,10 @@
 """The front door: from a command line to text. `python gpt2.py` and `python -m inference` both run this program."""
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import inspect
 import json as json_library
 import sys
@@ -14,7 +19,7 @@ from inference import batching, beam, sampling, trace
 from inference import model as models
 from inference.generate import Sequence, generate
 from weights.files import read_text
-from weights.params import find_dtype, not_finite
+from weights.params import find_dtype, why_not_finite
 
 STOPPING = {"false": False, "true": True, "never": "never"}
 MARK = "\ufeff"  # the byte order mark with which Windows begins a text file
@@ -76,7 +81,7 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
     try:
         show(flags, model, prompts, sequences)
     except FloatingPointError as error:
-        raise OSError(f"{error}: {not_finite(model.params)}") from None
+        raise OSError(f"{error}: {why_not_finite(model.params, dtype)}") from None
 
 
 def as_texts(texts):
@@ -141,7 +146,8 @@ def sampling_params(flags, tokenizer=None, model=None):
     if tokenizer:
         words = [word.strip() for word in flags.bad_words]
         of_model["bad_words"] = tuple(tuple(tokenizer.encode(space + word)) for word in words for space in ("", " "))
-        of_model |= {"end_ids": model.end_ids, "n_tokens": len(tokenizer.spellings)}
+        of_model |= {"end_ids": model.end_ids}
+        of_model["banned"] = utils.ids_without_token(tokenizer, model.n_vocab, model.end_ids)
     return sampling.SamplingParams(
         flags.temperature, flags.top_k, flags.top_p, flags.repetition_penalty, flags.min_new_tokens,
         min_p=flags.min_p, no_repeat_ngram_size=flags.no_repeat_ngram_size, **of_model,

@@ -24,7 +24,7 @@ from weights.params import tree_map
 @functools.lru_cache
 def batched(forward, library):
     """model.forward for a batch: the same params for all; tokens, cache, position and last for each slot."""
-    return library.jit(library.vmap(forward, in_axes=(None, 0, 0, 0, 0)), donate_argnums=(2,))
+    return library.tune(library.jit(library.vmap(forward, in_axes=(None, 0, 0, 0, 0)), donate_argnums=(2,)))
 
 
 def repeat(cache, n_slots):

@@ -34,7 +34,7 @@ class SamplingParams(NamedTuple):
     end_ids: tuple = ()  # the tokens that min_new_tokens bans
     min_p: float = 0.0
     no_repeat_ngram_size: int = 0
-    n_tokens: int | None = None  # ids from here on have no token: logits of a vocabulary that was padded
+    banned: tuple = ()  # ids without a token: a model may have more logits than its tokenizer has tokens
 
 
 GREEDY = SamplingParams()
@@ -100,8 +100,7 @@ def process(logits, ids, n_new, params):
     Raises ValueError if no token is left, and FloatingPointError if the logits are not finite numbers, which only
     broken weights cause.
     """
-    if params.n_tokens is not None and params.n_tokens < len(logits):
-        logits = np.where(np.arange(len(logits)) < params.n_tokens, logits, -math.inf)
+    logits = ban(logits, params.banned)
     if not np.all(logits < math.inf):  # false for NaN too
         raise FloatingPointError("the model's logits are not finite numbers")
     logits = repetition_penalty(logits, ids, params.repetition_penalty)

@@ -30,7 +30,8 @@ def lines(sequence, n_best, n_step, rich=False):
 
 
 def cell(tokenizer, i, probability, bold):
-    text = f"{spell(tokenizer.decode([i])):>12.12} {probability:5.1%}"
+    token = spell(tokenizer.decode([i])) if i in tokenizer.spellings else "(no token)"
+    text = f"{token:>12.12} {probability:5.1%}"
     return f"\033[1m{text}\033[0m" if bold else text
 
 

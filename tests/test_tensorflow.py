@@ -146,7 +146,7 @@ DAMAGES = {
     "absurd number": (lambda f: edit_json(f / "hparams.json", n_head=-4), ["hparams.json", "n_head", "-4"]),
     "not a number": (lambda f: edit_json(f / "hparams.json", n_embd="48"), ["hparams.json", "n_embd", "'48'"]),
     "n_head": (lambda f: edit_json(f / "hparams.json", n_head=5), ["n_embd 48", "n_head 5"]),
-    "other tokenizer": (lambda f: edit_json(f / "encoder.json", new=512), ["ids up to 512", "n_vocab is 512"]),
+    "other tokenizer": (lambda f: edit_json(f / "encoder.json", **{"<new>": 512}), ["ids up to 512", "n_vocab is 512"]),
     "endless layers": (lambda f: edit_json(f / "hparams.json", n_layer=10**9), ["hparams.json", "n_layer", "1000"]),
     "endless number": (lambda f: (f / "hparams.json").write_text('{"n_head": ' + "9" * 5000 + "}"), ["hparams.json"]),
     "NUL": (lambda f: (f / "checkpoint").write_bytes(b'model_checkpoint_path: "a\0b"'), ["checkpoint"]),
@@ -180,7 +180,11 @@ def test_every_flipped_byte_of_the_index_is_noticed(folder):
     assert unnoticed == 0
 
 
-def test_verify_finds_a_flipped_byte_and_names_the_tensor(folder, command):
+@pytest.mark.parametrize("is_large", [False, True])
+def test_a_flipped_byte_is_found_and_the_tensor_named(folder, command, monkeypatch, is_large):
+    """By `verify`, and, in a file that is read in no time, on load."""
+    if is_large:
+        monkeypatch.setattr(checkpoint, "MAX_CHECKED", 456383)
     entry = checkpoint.read_index(folder / utils.INDEX)["model/h1/mlp/c_fc/w"]
 
     def flip(data):
@@ -189,7 +193,12 @@ def test_verify_finds_a_flipped_byte_and_names_the_tensor(folder, command):
 
     assert command("verify", str(folder), main={"verify": models.verify})[0] == 0
     damage_data(folder, flip)
-    load(folder)  # not noticed here: loading reads no tensor, and that is why it is fast
+    if is_large:
+        load(folder)
+    else:
+        with pytest.raises(OSError, match="model/h1/mlp/c_fc/w has checksum"):
+            load(folder)
+        assert command("x", "--model_size", str(folder))[:2] == (1, "")
     status, out, _ = command("verify", str(folder), main={"verify": models.verify})
     assert (status, out.count("\n")) == (1, 1)
     assert utils.DATA in out

@@ -11,6 +11,11 @@ The limits are measured in the same rounds. A token of one sequence needs each w
 one product of a row with every matrix. A prompt of 512 tokens needs as many multiplications as one large product.
 """
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import contextlib
 import math
 import os
@@ -30,8 +35,9 @@ import backends
 import cli
 import utils
 from encoder import END_OF_TEXT, SPELL
-from tools.engines import ENGINES, N_DECODE, PEERS, installed, timed
+from tools.engines import ENGINES, N_DECODE, PEERS, installed
 from tools.tables import draw, markdown
+from training.step import init_params
 from weights.params import cast, find_dtype, param_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,10 +62,8 @@ TASKS = {  # name: (a method of the engines, its argument, the tokens that it co
 
 def save_random_model(folder, hparams):
     """Writes a model folder with random weights, in OpenAI's layout. Its tokenizer has the bytes and made-up words."""
-    from training.step import init_params
-
     utils.save_model(folder, hparams, init_params(hparams, seed=0), ["tf"])
-    spellings = [*SPELL.values(), *(f"t{i}" for i in range(256, hparams["n_vocab"] - 1)), END_OF_TEXT]
+    spellings = [*SPELL.values(), *(f"<{i}>" for i in range(256, hparams["n_vocab"] - 1)), END_OF_TEXT]
     ids = {spelling: i for i, spelling in enumerate(spellings)}
     Path(folder, "encoder.json").write_text(dumps(ids), encoding="utf-8")
     Path(folder, "vocab.bpe").write_text("#version: 0.2\n", encoding="utf-8")
@@ -73,16 +77,18 @@ def weight_bytes(hparams, dtype):
 
 
 class Worker:
-    """An engine in a process of its own. Questions and answers are lines of JSON: [task, argument] and a number."""
+    """An engine in a process of its own, which runs the checkout in the folder `root`. Questions and answers are lines
+    of JSON: [task, argument] and a number. The task "memory" asks for peak_memory."""
 
-    def __init__(self, name, setup):
+    def __init__(self, name, setup, root=ROOT):
         command = [sys.executable, "-m", "tools.bench", "--worker", dumps({"name": name, **setup})]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-        self.name, self.process = name, subprocess.Popen(command, cwd=ROOT, **pipes)
+        self.name, self.process = name, subprocess.Popen(command, cwd=root, **pipes)
         self.device = self.answer()
 
     def ask(self, *question):
-        print(dumps(question), file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, so there is no answer either
+            print(dumps(question), file=self.process.stdin, flush=True)
         return self.answer()
 
     def answer(self):
@@ -97,6 +103,7 @@ class Worker:
 @contextlib.contextmanager
 def start(names, hparams, folder="", dtype="float32"):
     """Yields (a model folder, {name: its Worker}). The model is that of `folder`, or one with random weights."""
+    cli.unwind_on_ctrl_c()  # then the temporary folder is removed
     with tempfile.TemporaryDirectory() as scratch:
         if not folder:
             save_random_model(folder := scratch, hparams)
@@ -185,11 +192,15 @@ def summary(rates):
     return {"median": statistics.median(rates), "min": rates[0], "max": rates[-1]}
 
 
-def cold_start(folder, backend):
-    """Seconds from the start of a process to the end of its first token."""
+def cold_start(folder, backend, root=ROOT):
+    """Seconds from the start of a process to the end of its first token, by the checkout in the folder `root`."""
     command = [sys.executable, "gpt2.py", "The", "--n_tokens_to_generate", "1", "--backend", backend]
     command += ["--model_size", str(Path(folder).resolve())]
-    return timed(lambda: subprocess.run(command, cwd=ROOT, check=True, capture_output=True))
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, encoding="utf-8")
+    if done.returncode:
+        raise OSError(f"{root}: gpt2.py failed: {done.stderr[-200:]}")
+    return time.perf_counter() - started
 
 
 # ---- The command ----

@@ -19,6 +19,11 @@ B and F are measured in the same rounds as the engines: B by one product of a ro
 product (tools/engines.py, Limits).
 """
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import sys
 from json import dumps
 

@@ -12,6 +12,11 @@ To see what a change in the code does: run with `--save before.npz` first, chang
 gpt2.py has no code for this: its functions are replaced by recording ones for the time of a run.
 """
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import contextlib
 import functools
 import inspect
@@ -181,7 +186,8 @@ def report(found, encoder, tolerance):
     yield from table(rows, [*tokens])
     yield ""
     for name, token in tokens.items():
-        yield f"{name}: next token {token['id']} {encoder.decode([token['id']])!r}, {token['gap']:.4f} ahead"
+        text = repr(encoder.decode([token["id"]])) if token["id"] in encoder.spellings else "(no token)"
+        yield f"{name}: next token {token['id']} {text}, {token['gap']:.4f} ahead"
     yield f"the next token is {'the same' if len({token['id'] for token in tokens.values()}) == 1 else 'NOT THE SAME'}"
     if found["first_beyond"]:
         n_beyond = sum(not row["within"] for row in rows)

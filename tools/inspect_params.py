@@ -3,6 +3,11 @@
 python -m tools.inspect_params --model_size 3M
 """
 
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import numpy as np
 
 import cli

@@ -11,7 +11,8 @@ from pathlib import Path
 import cli
 import utils
 from weights.download import SHA256, digest
-from weights.files import new_folder
+from weights.files import locked, new_folder
+from weights.params import not_finite
 from weights.tensorflow import damages, latest_checkpoint
 
 
@@ -30,7 +31,7 @@ def verify(model_size: str = utils.SIZES[0], models_dir: str = ""):
 
 def problems(folder, sha256):
     """Yields a line for each damaged tensor and file of a model folder. (safetensors has no checksums: there only
-    names, shapes and places are checked.)"""
+    names, shapes, places and the numbers themselves are checked.)"""
     try:
         for name, expected in sha256.items():
             if (folder / name).exists() and digest(folder / name, "sha256").hex() != expected:
@@ -41,7 +42,10 @@ def problems(folder, sha256):
             yield from lines
             if lines:
                 return
-        utils.load_folder(folder)[0].check()
+        encoder, hparams, params = utils.load_folder(folder)
+        utils.read_ending(folder, encoder, hparams)
+        if names := not_finite(params):
+            yield f"{folder}: NaN or infinity in {names}"
     except OSError as error:
         yield cli.one_line(error)
 
@@ -63,7 +67,7 @@ def convert(model: str = "", out: str = "", *, layout: str = "", models_dir: str
     encoder, hparams, params = utils.load_folder(source)
     if layout == "tf" and params["wte"].dtype.itemsize > 4:
         raise ValueError(f"{source} has numbers of {params['wte'].dtype}: OpenAI's layout holds float32 alone")
-    with new_folder(Path(out)) as part:
+    with locked(out), new_folder(Path(out)) as part:
         utils.save_tokenizer(source, part, [layout])
         ending = utils.read_ending(source, encoder, hparams)
         utils.save_model(part, hparams, params, [layout], ending=ending)

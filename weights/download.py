@@ -9,6 +9,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from weights.files import check_regular, locked
 from weights.tensorflow import damages, latest_checkpoint, read_hparams, read_index
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
@@ -29,11 +30,13 @@ def download_gpt2_files(model_size, model_dir, base_url=None):
     base_url = base_url or os.environ.get("GPT2_BASE_URL") or BASE_URL
     if not base_url.startswith(("http://", "https://")):
         raise ValueError(f"base_url {base_url!r} must begin with http:// or https://")
-    discard_damaged_index(Path(model_dir))
-    for name in TF_FILES:
-        if not (path := Path(model_dir) / name).is_file():
+    if not missing_files(model_dir):
+        return
+    with locked(model_dir):
+        discard_damaged_index(Path(model_dir))
+        for name in missing_files(model_dir):
             try:
-                fetch(f"{base_url.rstrip('/')}/{model_size}/{name}", path)
+                fetch(f"{base_url.rstrip('/')}/{model_size}/{name}", Path(model_dir) / name)
             except OSError as error:
                 raise OSError(
                     f"{error}. Run again once that is mended, or name a mirror with --base_url, or put OpenAI's "
@@ -41,8 +44,14 @@ def download_gpt2_files(model_size, model_dir, base_url=None):
                 ) from None
 
 
+def missing_files(model_dir):
+    """The names of TF_FILES that model_dir lacks, in the order of fetching."""
+    return [name for name in TF_FILES if not (Path(model_dir) / name).is_file()]
+
+
 def discard_damaged_index(model_dir):
-    """An index that cannot be read would make every download of the data, which is checked against it, fail."""
+    """Removes an index that cannot be read, if the data is not there yet: data is checked against its index, so no
+    download of it could succeed."""
     if (model_dir / INDEX).is_file() and not (model_dir / DATA).is_file():
         try:
             read_index(model_dir / INDEX)
@@ -56,6 +65,8 @@ def fetch(url, path):
     import requests
 
     part = path.with_name(path.name + ".part")
+    if part.exists():
+        check_regular(part)
     start = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     try:

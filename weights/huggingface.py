@@ -1,18 +1,33 @@
-"""A Hugging Face model folder: config.json and model.safetensors, read and written with the `safetensors` library.
+"""A Hugging Face model folder: config.json and model.safetensors.
 
-safetensors holds named tensors like a TensorFlow checkpoint, without checksums. The names differ from OpenAI's: see
-hf_name. The numbers may be narrower than float32: see widen.
+A safetensors file holds named tensors like a TensorFlow checkpoint, but without checksums:
+
+    8 bytes      the length of the JSON text that follows, as a little-endian number
+    JSON         {tensor name: {"dtype": "F32", "shape": [...], "data_offsets": [begin, end]}}
+    the rest     the numbers of all tensors, little-endian; the offsets count from here
+
+The `safetensors` library checks that a file is well-formed. It copies each tensor that it reads, so the numbers are
+mapped here, as those of a TensorFlow checkpoint are. A large model is split into several such files; then
+model.safetensors.index.json says which tensor is in which.
+
+The names differ from OpenAI's: see hf_name. The numbers may be narrower than float32: see widen.
 """
 
 import re
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 
-from weights.files import read_json, replacing
+from weights.files import MAX_SMALL, check_regular, map_file, map_part, parse_json, read_json, replacing
 from weights.params import assemble, check_hparams, flatten, param_shapes
 
 HF_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+HF_NAMES = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}  # what config.json calls them
+# The names that transformers has for GELU's approximation with tanh, which is gpt2.gelu.
+GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh")
+OTHER_FORMATS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
+Tensor = namedtuple("Tensor", "path data dtype shape offset size")  # data: the whole file, mapped
 
 
 def hf_name(path):
@@ -28,41 +43,106 @@ def read_hparams(path):
     """{n_vocab, n_ctx, n_embd, n_head, n_layer} of a config.json. Raises OSError for a file that is damaged, or that
     describes something gpt2.py would compute differently."""
     config = read_json(path)
-    hparams = check_hparams(path, {"n_vocab": config.get("vocab_size"), "n_ctx": config.get("n_positions")} | config)
-    expected = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None}
-    expected |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
-    if config.get("n_inner") == 4 * hparams["n_embd"]:
-        config["n_inner"] = None
-    for name, value in expected.items():
-        if config.get(name, value) != value:
-            raise OSError(f"{path}: {name} is {config[name]!r}; GPT-2 has {value!r}")
+    hparams = check_hparams(path, config, HF_NAMES)
+    supported = {"model_type": ("gpt2",), "activation_function": GELUS, "layer_norm_epsilon": (1e-5,)}
+    supported |= {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)}
+    supported |= {"add_cross_attention": (False,), "tie_word_embeddings": (True,), "quantization_config": (None,)}
+    for name, values in supported.items():
+        if (value := config.get(name, values[0])) not in values:
+            raise OSError(f"{path}: {name} is {value!r:.60}, GPT-2's is {values[0]!r}: no other model is computed here")
+    n_inner = 4 * hparams["n_embd"]
+    if config.get("n_inner") not in (None, n_inner):
+        raise OSError(f"{path}: n_inner is {config['n_inner']!r:.60}, GPT-2's is 4 * n_embd = {n_inner}")
     return hparams
 
 
 def load_gpt2_params_from_hf(path, hparams):
-    """The params in a model.safetensors. float32 and float64 stay; narrower numbers become float32. Raises OSError
-    naming the file and the tensor if one is missing, damaged, or has another shape."""
-    import safetensors
+    """The params in a model.safetensors, or in the files that path + ".index.json" lists. float32 and float64 are
+    memory-mapped, not copied (changing an array changes memory, never the file); narrower numbers become float32.
 
-    try:
-        tensors = dict(safetensors.deserialize(Path(path).read_bytes()))
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{path}: no safetensors file, or a damaged one ({error})") from None
-    # Some files have this prefix, some do not; some hold buffers that are not parameters.
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    tensors = {name: t for name, t in tensors.items() if not re.search(r"\.attn\.(masked_)?bias$|^lm_head", name)}
-    if odd := [f"{name} ({t['dtype']})" for name, t in tensors.items() if t["dtype"] not in HF_DTYPES]:
-        raise OSError(f"{path}: {odd[0]} is of a type that this reader does not know")
-    found = {name: tensor["shape"] for name, tensor in tensors.items()}
+    Raises OSError naming the file and the tensor if one is missing, damaged, or has another shape, and if the output
+    matrix, lm_head.weight, differs from wte: GPT-2 has one matrix for both.
+    """
+    tensors = {}
+    for name, tensor in read_tensors(Path(path)).items():
+        name = name.removeprefix("transformer.")  # which some files have and some do not
+        if name in tensors:
+            raise OSError(f"{path}: {name} is in it twice, with the prefix `transformer.` and without")
+        if not re.search(r"\.attn\.(masked_)?bias$", name):  # the causal mask, which is no parameter
+            tensors[name] = tensor
+    if odd := [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in HF_DTYPES]:
+        raise OSError(f"{path}: {odd[0]} is of a number type that is not read here: save it as one of {[*HF_DTYPES]}")
+    head = tensors.pop("lm_head.weight", None)
+    if head and not equal(head, tensors.setdefault("wte.weight", head)):
+        raise OSError(f"{path}: lm_head.weight differs from wte.weight; GPT-2, the one model here, has them equal")
+    found = {name: tensor.shape for name, tensor in tensors.items()}
     return assemble(path, param_shapes(**hparams), found, hf_name, lambda name: widen(tensors[name]))
 
 
+def read_tensors(path):
+    """{name: Tensor} of a safetensors file, or of the several files that path + ".index.json" lists."""
+    if path.exists():
+        return read_header(path)
+    index = path.with_name(path.name + ".index.json")
+    if not index.exists():
+        raise OSError(what_else(path))
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(f, str) and f == Path(f).name for f in places.values()):
+        raise OSError(f"{index}: weight_map must say for each tensor in which file of this folder it is")
+    files = {file: read_header(path.with_name(file)) for file in sorted(set(places.values()))}
+    if lost := [name for name, file in places.items() if name not in files[file]]:
+        raise OSError(f"{path.with_name(places[lost[0]])}: {lost[0]} is missing; {index.name} says that it is here")
+    return {name: files[file][name] for name, file in places.items()}
+
+
+def what_else(path):
+    """What to say where there is no safetensors file: how to convert the weights, if they are there in another
+    format."""
+    for name in OTHER_FORMATS:
+        if path.with_name(name).exists():
+            return (
+                f"{path.with_name(name)} cannot be read here, and reading a pickle can run code. Convert it with "
+                f"transformers: GPT2LMHeadModel.from_pretrained({str(path.parent)!r}).save_pretrained('new_folder')"
+            )
+    return f"{path}: No such file or directory"
+
+
+def read_header(path):
+    """{name: Tensor} of one safetensors file. Raises OSError naming the file if it is not well-formed."""
+    import safetensors
+
+    check_regular(path)
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        text = file.read(size) if size <= MAX_SMALL else b""
+    try:
+        with safetensors.safe_open(path, "numpy"):  # checks the header, and that the tensors fill the file exactly
+            header = parse_json(path, text)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise OSError(f"{path}: no safetensors file, or a damaged one ({error})") from None
+    header.pop("__metadata__", None)
+    data, tensors = map_file(path), {}
+    for name, found in header.items():
+        begin, end = found["data_offsets"]
+        tensors[name] = Tensor(path, data, found["dtype"], found["shape"], 8 + size + begin, end - begin)
+    return tensors
+
+
 def widen(tensor):
-    """The numbers of a tensor as float32 or float64. A bfloat16 is the upper half of a float32: zeros follow."""
-    numbers = np.frombuffer(tensor["data"], HF_DTYPES[tensor["dtype"]])
-    if tensor["dtype"] == "BF16":
+    """The numbers of a tensor as float32 or float64, [n]. A bfloat16 is the upper half of a float32: zeros follow."""
+    numbers = map_part(tensor.path, tensor.data, tensor.offset, tensor.size).view(HF_DTYPES[tensor.dtype])
+    if tensor.dtype == "BF16":
         return (numbers.astype(np.uint32) << 16).view(np.float32)
-    return numbers.astype(np.promote_types(numbers.dtype, np.float32))
+    numbers = numbers.astype(np.promote_types(numbers.dtype, np.float32), copy=False)
+    return np.require(numbers, requirements="A")  # a copy if the file has it at an odd place: slow to compute with
+
+
+def equal(a, b):
+    """Whether two Tensors have the same shape and, bit for bit, the same numbers."""
+    if a is b or a.shape != b.shape:
+        return a is b
+    a, b = widen(a), widen(b)
+    return a.dtype == b.dtype and np.array_equal(a.view(f"u{a.itemsize}"), b.view(f"u{b.itemsize}"))
 
 
 # ---- Writing ----
@@ -70,10 +150,9 @@ def widen(tensor):
 
 def hf_config(hparams, end_of_text):
     """The contents of config.json, with the names that transformers uses. end_of_text is an id, or None."""
-    names = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}
     fixed = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
     fixed |= {"layer_norm_epsilon": 1e-5, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    return fixed | {names.get(name, name): value for name, value in hparams.items()}
+    return fixed | {HF_NAMES.get(name, name): value for name, value in hparams.items()}
 
 
 def save_gpt2_params_to_hf(path, params):

@@ -32,11 +32,12 @@ def param_shapes(n_vocab, n_ctx, n_embd, n_head, n_layer):
     return {("wte",): (n_vocab, n_embd), ("wpe",): (n_ctx, n_embd), **blocks, **norm}
 
 
-def check_hparams(file, found):
-    """The five sizes in `found`, the object read from `file`. Raises OSError unless each is a whole number above 0 that
-    a model can have."""
-    hparams = {name: found.get(name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")}
-    for name, value in hparams.items():
+def check_hparams(file, found, names=None):
+    """The five sizes in `found`, the object read from `file`, where some may have other `names`. Raises OSError unless
+    each is a whole number above 0 that a model can have."""
+    names = {name: name for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")} | (names or {})
+    hparams = {name: found.get(theirs) for name, theirs in names.items()}
+    for name, value in zip(names.values(), hparams.values(), strict=True):
         limit = 1000 if name == "n_layer" else 2**24  # far above any model, far below what would make the loader hang
         if type(value) is not int or not 1 <= value <= limit:
             raise OSError(f"{file}: {name} must be a whole number from 1 to {limit}, not {value!r:.40}")
@@ -46,13 +47,16 @@ def check_hparams(file, found):
 
 
 def not_finite(params):
-    """A sentence that names the tensors with numbers that are NaN or infinite."""
-    names = [
-        ".".join(map(str, path)) for path, array in flatten(params).items() if not np.isfinite(np.asarray(array)).all()
-    ]
-    if not names:
-        return "all weights are finite numbers, but too large to compute with in this dtype"
-    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)} hold NaN or infinity"
+    """The names of the tensors with numbers that are NaN or infinite, as text; "" if all are finite."""
+    leaves = flatten(params).items()
+    names = [".".join(map(str, path)) for path, array in leaves if not np.isfinite(np.asarray(array)).all()]
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}"
+
+
+def why_not_finite(params, dtype):
+    """Why a model computes NaN or infinity, as text."""
+    names = not_finite(params)
+    return f"NaN or infinity in {names}" if names else f"{dtype} overflows: try --dtype float64"
 
 
 # ---- Trees ----

@@ -12,8 +12,8 @@ Sources: LevelDB's doc/table_format.md (the index), TensorFlow's tensor_bundle.p
 "Encoding" (how these are written).
 """
 
+import itertools
 import math
-import os
 import re
 import struct
 from collections import namedtuple
@@ -21,10 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
-from weights.files import read_json, read_text, replacing, write_text
+from weights.files import check_regular, map_file, map_part, read_json, read_text, replacing, write_text
 from weights.params import assemble, check_hparams, flatten, param_shapes
 
 MAGIC = bytes.fromhex("57fb808b247547db")  # the last 8 bytes of every LevelDB table
+MAX_CHECKED = 10**8  # bytes: checksums of a data file up to this size are computed on load, in 20 ms at most
+MAX_INDEX = 2**20  # bytes: a model of 1000 layers has an index of 0.7 MB
+MAX_KEY, MAX_DIMENSIONS = 255, 8  # of an entry of the index
 Entry = namedtuple("Entry", "dtype shape offset size crc32c")  # one tensor: its number type, and where its bytes are
 
 
@@ -47,7 +50,7 @@ def latest_checkpoint(path):
     TensorFlow writes the full path of where the checkpoint was saved. Only its last part counts here, as the folder may
     have been moved since.
     """
-    if not (match := re.match(r'model_checkpoint_path: "([^"\0]+)"', read_text(path))):
+    if not (match := re.match(r'model_checkpoint_path: "([^"\0]+)"', read_text(path, is_small=True))):
         raise OSError(f"{path}: does not begin with a model_checkpoint_path")
     return path.parent / Path(match[1]).name
 
@@ -56,65 +59,61 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     """The params in tf_ckpt_path + ".index" and ".data-00000-of-00001": float32, memory-mapped, not copied. Changing an
     array changes memory, never the file.
 
-    Raises OSError naming the file and the tensor if one is missing, lies outside the file, or has another shape.
+    Raises OSError naming the file and the tensor if one is missing, lies outside the file, has another shape, or (in a
+    file of up to MAX_CHECKED bytes; `damages` checks any) does not have the checksum that the index has.
     """
     entries, path = read_index(f"{tf_ckpt_path}.index"), f"{tf_ckpt_path}.data-00000-of-00001"
     entries = {name: entry for name, entry in entries.items() if name.startswith("model/")}  # not the optimizer's
     data = map_file(path)
     for name, entry in entries.items():
-        if line := misplacement(name, entry, len(data)):
+        line = misplacement(name, entry, len(data))
+        if not line and len(data) <= MAX_CHECKED:
+            line = wrong_checksum(name, entry, data)
+        if line:
             raise OSError(f"{path}: {line}")
+    found = {name: entry.shape for name, entry in entries.items()}
 
     def read(name):
-        entry, is_matrix = entries[name], len(entries[name].shape) > 1
-        # A mapping of its own is released together with its matrix, when a backend has made a copy. Each mapping keeps
-        # a file open, so the small vectors share one.
-        numbers = map_file(path, entry.offset, entry.size) if is_matrix else tensor_bytes(data, entry)
-        return numbers.view("<f4")
+        return map_part(path, data, entries[name].offset, entries[name].size).view("<f4")
 
-    found = {name: entry.shape for name, entry in entries.items()}
     return assemble(path, param_shapes(**hparams), found, tf_name, read)
 
 
-def map_file(path, offset=0, size=None):
-    """The bytes of a file, or of a part of it, as an array that is read when it is first used (mode "c", copy on write:
-    changes stay in memory)."""
-    if os.path.getsize(path) == 0:
-        raise OSError(f"{path}: empty")
-    return np.asarray(np.memmap(path, np.uint8, "c", offset, size))
-
-
-def tensor_bytes(data, entry):
-    return data[entry.offset : entry.offset + entry.size]
-
-
 def misplacement(name, entry, n_bytes):
-    """What is wrong with an entry of the index, as text, or None: a tensor must be the float32 numbers of its shape and
-    lie inside the data file of n_bytes."""
-    if entry.dtype != 1:  # DT_FLOAT in TensorFlow's types.proto
+    """What is wrong with an entry of the index, as text, or None: a tensor must lie inside the data file of n_bytes,
+    and a parameter must be the float32 numbers of its shape."""
+    if name.startswith("model/") and entry.dtype != 1:  # DT_FLOAT in TensorFlow's types.proto
         return f"{name} holds numbers of TensorFlow's type {entry.dtype}, not float32 (1)"
-    if entry.size != 4 * math.prod(entry.shape):
+    if entry.dtype == 1 and entry.size != 4 * math.prod(entry.shape):
         return f"{name} takes {entry.size} bytes, its shape {entry.shape} {4 * math.prod(entry.shape)}"
     if entry.offset + entry.size > n_bytes:
         return f"{name} ends at byte {entry.offset + entry.size}, the file at {n_bytes}: it was cut short"
     return None
 
 
+def wrong_checksum(name, entry, data):
+    """What is wrong with the bytes of a tensor, as text, or None: they must have the checksum that the index has."""
+    found = masked_crc32c(data[entry.offset : entry.offset + entry.size])
+    if found != entry.crc32c:
+        return f"{name} has checksum {found:08x}, by the index {entry.crc32c:08x}: download or copy the file again"
+    return None
+
+
 def damages(index_path, data_path):
-    """One line for each tensor that is misplaced, or whose bytes do not have the checksum that the index has, and one
-    for bytes at the end that belong to none."""
+    """One line for each tensor that is misplaced or has the wrong checksum, and one for bytes at the end that belong to
+    none."""
     data, entries = map_file(data_path), read_index(index_path)
     if surplus := max(0, len(data) - max(entry.offset + entry.size for entry in entries.values())):
         yield f"{data_path}: a surplus of {surplus} bytes after the last tensor"
     for name, entry in entries.items():
-        if line := misplacement(name, entry, len(data)):
+        if line := misplacement(name, entry, len(data)) or wrong_checksum(name, entry, data):
             yield f"{data_path}: {line}"
-        elif (crc32c := masked_crc32c(tensor_bytes(data, entry))) != entry.crc32c:
-            yield f"{data_path}: {name} has checksum {crc32c:08x}, by the index {entry.crc32c:08x}"
 
 
 def read_index(path):
-    """{tensor name: Entry} of an .index file. Raises OSError naming the file if it is damaged."""
+    """{tensor name: Entry} of an .index file. Raises OSError naming the file if it is damaged, or made to take long:
+    its size, and that of each part, is limited, and no block may be listed twice."""
+    check_regular(path, MAX_INDEX)
     data = Path(path).read_bytes()
     try:
         if data[-8:] != MAGIC:
@@ -122,11 +121,14 @@ def read_index(path):
         _, i = read_handle(data, len(data) - 48)  # the footer names two blocks; the first is not needed,
         blocks, _ = read_handle(data, i)  # the second lists the blocks that hold the entries
         handles = [read_handle(value, 0)[0] for _, value in read_block(data, *blocks)]
+        if any(after[0] <= sum(before) for before, after in itertools.pairwise(handles)):
+            raise ValueError("its blocks overlap")
         values = {key.decode(): value for handle in handles for key, value in read_block(data, *handle)}
-        return {
-            name: read_entry(value) for name, value in values.items() if name
-        }  # the entry without a name is a header
-    except (ValueError, IndexError, struct.error) as error:
+        values.pop("", None)  # the header
+        if not values:
+            raise ValueError("no tensor is in it")
+        return {name: read_entry(value) for name, value in values.items()}
+    except (ValueError, IndexError, TypeError, OverflowError, struct.error) as error:
         raise OSError(f"{path}: no index of a TensorFlow checkpoint, or a damaged one ({error})") from None
 
 
@@ -143,6 +145,8 @@ def read_block(data, offset, size):
         n_fresh, i = read_varint(data, i)
         n_value, i = read_varint(data, i)
         key = key[:n_shared] + data[i : i + n_fresh]
+        if len(key) > MAX_KEY:
+            raise ValueError(f"a name of more than {MAX_KEY} bytes")
         yield key, data[i + n_fresh : i + n_fresh + n_value]
         i += n_fresh + n_value
 
@@ -156,18 +160,23 @@ def read_handle(data, i):
 
 def read_varint(data, i):
     """(the whole number at data[i], the index after it). Each byte holds 7 bits, the lowest first; its top bit is 1 if
-    more bytes follow."""
-    value = shift = 0
-    while data[i] >= 0x80:
-        value, shift, i = value | (data[i] & 0x7F) << shift, shift + 7, i + 1
-    return value | data[i] << shift, i + 1
+    more bytes follow. A number has 64 bits, so ten bytes, at most."""
+    value = 0
+    for n in range(10):
+        value |= (data[i + n] & 0x7F) << 7 * n
+        if data[i + n] < 0x80:
+            return value, i + n + 1
+    raise ValueError("a number of more than ten bytes")
 
 
 def read_entry(data):
     """A BundleEntryProto -> Entry. A field that is absent is 0."""
     fields = dict(read_fields(data))
     shape = [dict(read_fields(dim)).get(1, 0) for _, dim in read_fields(fields.get(2, b""))]
-    return Entry(fields.get(1, 0), shape, fields.get(4, 0), fields.get(5, 0), fields.get(6, 0))
+    entry = Entry(fields.get(1, 0), shape, fields.get(4, 0), fields.get(5, 0), fields.get(6, 0))
+    if len(shape) > MAX_DIMENSIONS or not all(isinstance(n, int) for n in (*shape, *entry[:1], *entry[2:])):
+        raise ValueError("an entry is no description of a tensor")
+    return entry
 
 
 def read_fields(data):
@@ -189,7 +198,7 @@ def masked_crc32c(data):
     own checksums is weak."""
     import google_crc32c
 
-    crc = google_crc32c.value(bytes(data))
+    crc = google_crc32c.value(data if google_crc32c.implementation == "c" else bytes(data))
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 

@@ -1,0 +1,134 @@
+"""The files of a byte-level BPE tokenizer, in the three layouts in which model folders have them:
+
+encoder.json and vocab.bpe     OpenAI's: {spelling: id}, and the merges, one a line, best first
+vocab.json and merges.txt      Hugging Face's older one: the same two; further tokens are in added_tokens.json
+tokenizer.json                 Hugging Face's newer one: both in one file, and how a text is split
+"""
+
+import functools
+import json
+import re
+
+from weights.files import read_json, read_text
+
+# What a tokenizer.json must say, or leave out (None), for encoder.py to split and merge as it does.
+SUPPORTED = {
+    "normalizer": (None,),
+    "pre_tokenizer.type": ("ByteLevel",),
+    "pre_tokenizer.add_prefix_space": (False,),
+    "pre_tokenizer.use_regex": (True, None),
+    "model.type": ("BPE", None),
+    "model.dropout": (None, 0),
+    "model.continuing_subword_prefix": (None, ""),
+    "model.end_of_word_suffix": (None, ""),
+    "model.byte_fallback": (None, False),
+    "model.ignore_merges": (None, False),
+}
+
+NO_OTHER = "no other kind of tokenizer is supported; choose a model that has GPT-2's"
+
+
+# ---- Reading ----
+
+
+def read_tokenizer(folder):
+    """(the main file, {spelling: id}, [pair of spellings], {text: id} of the added tokens) of a model folder. Raises
+    OSError naming the file that is missing, damaged, or of another kind of tokenizer."""
+    added = {}
+    if (file := folder / "tokenizer.json").exists():
+        ids, merges, added = read_tokenizer_json(file)
+    elif (file := folder / "vocab.json").exists():
+        ids, merges = read_json(file), read_merges(folder / "merges.txt")
+        if (added_file := folder / "added_tokens.json").exists():
+            added = read_json(added_file)
+    else:
+        file = folder / "encoder.json"
+        ids, merges = read_json(file), read_merges(folder / "vocab.bpe")
+    if file.name != "encoder.json" and (config := folder / "tokenizer_config.json").exists():
+        for name in {"add_prefix_space", "add_bos_token"} & {key for key, value in read_json(config).items() if value}:
+            raise OSError(f"{config}: {name} is on, which GPT-2's tokenizer does not do: {NO_OTHER}")
+    return file, ids, merges, added
+
+
+def read_merges(path):
+    """The pairs of spellings in a vocab.bpe. Raises OSError for a line that is no pair."""
+    lines = read_text(path, is_small=True).splitlines()
+    if lines and lines[0].startswith("#version"):  # elsewhere a line that begins with # is a merge like others
+        lines = lines[1:]
+    return as_pairs(path, [line.split(" ") for line in lines if line])
+
+
+def read_tokenizer_json(path):
+    """({spelling: id}, [pair of spellings], {text: id} of the added tokens) of a tokenizer.json. Raises OSError if
+    encoder.py would encode a text differently."""
+    found = read_json(path)
+    for name, supported in SUPPORTED.items():
+        if (value := look_up(found, name)) not in supported:
+            raise OSError(f"{path}: {name} is {value!r:.60}, GPT-2's is {supported[0]!r}: {NO_OTHER}")
+    try:
+        ids, added = dict(found["model"]["vocab"]), found.get("added_tokens") or []
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in found["model"]["merges"]]
+        merges = as_pairs(path, merges)
+        in_text = [token["content"] for token in added if not token["special"]]
+        added = {"".join(token["content"]): token["id"] for token in added}
+        surrounds = adds_tokens(found.get("post_processor"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise OSError(f"{path}: no tokenizer, or a damaged one ({type(error).__name__}: {error})") from None
+    if in_text:
+        raise OSError(f"{path}: the added token {in_text[0]!r:.40} is no special token but part of texts: {NO_OTHER}")
+    if surrounds:
+        raise OSError(f"{path}: post_processor adds tokens to each text, which GPT-2's does not: {NO_OTHER}")
+    return ids, merges, added
+
+
+def look_up(tree, name):
+    """The value of "a.b" in nested dicts, or None."""
+    return functools.reduce(lambda part, key: part.get(key) if isinstance(part, dict) else None, name.split("."), tree)
+
+
+def adds_tokens(post_processor):
+    """Whether the post_processor of a tokenizer.json adds tokens before or after the text."""
+    if post_processor is None or post_processor["type"] == "ByteLevel":
+        return False
+    if post_processor["type"] == "Sequence":
+        return any(map(adds_tokens, post_processor["processors"]))
+    return post_processor["type"] != "TemplateProcessing" or any("Sequence" not in p for p in post_processor["single"])
+
+
+def as_pairs(path, merges):
+    """The merges as tuples of two strings. Raises OSError if one is something else."""
+    if odd := [p for p in merges if len(p) != 2 or not all(isinstance(symbol, str) for symbol in p)]:
+        raise OSError(f"{path}: the merge {odd[0]!r:.40} is not two symbols with a space between them")
+    return [tuple(pair) for pair in merges]
+
+
+def check_vocabulary(file, ids, merges, symbols):
+    """Raises OSError naming the file unless the ids are whole numbers, each of one token; all `symbols` have one; each
+    merge leads to a token; and each other token comes from a merge or is a special one.
+
+    The last rule notices a list of merges that was cut short. A special token is known by its brackets, as in <|pad|>
+    and [PAD].
+    """
+    numbers = ids.values()
+    if not all(type(i) is int and 0 <= i < 2**24 for i in numbers) or len(set(numbers)) < len(numbers):
+        raise OSError(f"{file}: its ids must be whole numbers from 0 to {2**24 - 1}, each that of one token")
+    if missing := symbols - ids.keys():
+        raise OSError(f"{file}: {min(missing)!r} has no id; each of the 256 bytes must be a token")
+    if odd := set("".join(ids)) - symbols:
+        raise OSError(f"{file}: {min(odd)!r} in a token is none of the characters that stand for bytes")
+    merged = {a + b for a, b in merges}
+    if odd := merged - ids.keys():
+        raise OSError(f"{file}: merges lead to {min(odd)!r:.40}, which has no id: is it of another tokenizer?")
+    if lost := {token for token in ids.keys() - merged - symbols if not re.fullmatch(r"<.*>|\[.*\]", token)}:
+        others = f" and {len(lost) - 1} others" * (len(lost) > 1)
+        raise OSError(
+            f"{file}: no merge leads to {min(lost)!r:.40}{others}: the merges were cut short, or do not match"
+        )
+
+
+# ---- Writing ----
+
+
+def tokenizer_texts(ids, merges):
+    """The contents of an encoder.json and a vocab.bpe."""
+    return json.dumps(ids, ensure_ascii=False), "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n"
