@@ -62,8 +62,7 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
     params["wte"] = params["wte"][: encoder.n_vocab]  # further rows, if there are any, are of no token
     ids = generate(inputs, params, hparams["n_head"], n_tokens_to_generate)
     end_ids, stops = read_ending(folder, encoder, hparams)
-    n = next((n for n, i in enumerate(ids) if stops and i in end_ids), None)
-    print(encoder.decode(ids[:n]))
+    print(encoder.decode(ids[: next((n for n, i in enumerate(ids) if stops and i in end_ids), None)]))
 
 if __name__ == "__main__":
     cli.run(main, "gpt2_pico.py")
