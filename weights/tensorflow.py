@@ -68,15 +68,15 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
         raise OSError(f"{path}: {line}")
     entries = {name: entry for name, entry in entries.items() if name.startswith("model/")}  # not the optimizer's
     for name, entry in entries.items():
-        line = misplacement(name, entry, len(data))
-        if not line and len(data) <= MAX_CHECKED:
-            line = wrong_checksum(name, entry, data)
-        if line:
+        if line := misplacement(name, entry, len(data)):
             raise OSError(f"{path}: {line}")
     found = {name: entry.shape for name, entry in entries.items()}
 
     def read(name):
-        return map_part(path, data, entries[name].offset, entries[name].size).view("<f4")
+        part = map_part(path, data, entries[name].offset, entries[name].size)
+        if len(data) <= MAX_CHECKED and (line := wrong_checksum(name, entries[name], part)):
+            raise OSError(f"{path}: {line}")
+        return part.view("<f4")
 
     return assemble(path, param_shapes(**hparams), found, tf_name, read)
 
@@ -101,7 +101,7 @@ def surplus(entries, n_bytes):
 
 def wrong_checksum(name, entry, data):
     """What is wrong with the bytes of a tensor, as text, or None: they must have the checksum that the index has."""
-    found = masked_crc32c(data[entry.offset : entry.offset + entry.size])
+    found = masked_crc32c(data)
     if found != entry.crc32c:
         return f"{name} has checksum {found:08x}, by the index {entry.crc32c:08x}: download or copy the file again"
     return None
@@ -114,7 +114,8 @@ def damages(index_path, data_path):
     if line := surplus(entries, len(data)):
         yield f"{data_path}: {line}"
     for name, entry in entries.items():
-        if line := misplacement(name, entry, len(data)) or wrong_checksum(name, entry, data):
+        part = data[entry.offset : entry.offset + entry.size]
+        if line := misplacement(name, entry, len(data)) or wrong_checksum(name, entry, part):
             yield f"{data_path}: {line}"
 
 
