@@ -59,6 +59,7 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
     inputs = first_ids(encoder, prompt)
     if (n_seq := len(inputs)) + n_tokens_to_generate > hparams["n_ctx"]:
         raise ValueError(f"prompt {n_seq} + {n_tokens_to_generate} new tokens > n_ctx {hparams['n_ctx']}")
+    params["wte"] = params["wte"][: encoder.n_vocab]  # further rows, if there are any, are of no token
     ids = generate(inputs, params, hparams["n_head"], n_tokens_to_generate)
     end_ids, stops = read_ending(folder, encoder, hparams)
     n = next((n for n, i in enumerate(ids) if stops and i in end_ids), None)

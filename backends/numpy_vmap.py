@@ -275,7 +275,8 @@ def update(f, buffer, new, start):
 ELEMENTWISE = """
 add subtract multiply divide floor_divide remainder power maximum minimum where negative absolute abs sign square
 exp log sqrt tanh sin cos floor ceil less less_equal greater greater_equal equal not_equal isnan isinf isfinite
-logical_and logical_or logical_not bitwise_and bitwise_or invert copy zeros_like ones_like"""
+logical_and logical_or logical_not bitwise_and bitwise_or bitwise_xor invert left_shift right_shift copy zeros_like
+ones_like"""
 RULES = {
     **dict.fromkeys(ELEMENTWISE.split(), elementwise),
     **dict.fromkeys(["sum", "max", "min", "any", "all", "flip"], along),

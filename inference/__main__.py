@@ -12,6 +12,8 @@ import time
 from json import dumps
 from types import SimpleNamespace
 
+import numpy
+
 import backends
 import cli
 import utils
@@ -80,7 +82,8 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         print(device, file=sys.stderr)
     started = time.perf_counter()
     try:
-        results = (search if num_beams > 1 else sample)(flags, model, prompts, sequences)
+        with numpy.errstate(all="ignore"):  # what is not finite is reported below
+            results = (search if num_beams > 1 else sample)(flags, model, prompts, sequences)
     except FloatingPointError as error:
         raise OSError(f"{error}: {why_not_finite(model.params, dtype)}") from None
     seconds = {"seconds": round(time.perf_counter() - started, 4)}

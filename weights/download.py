@@ -40,7 +40,7 @@ def download_gpt2_files(model_size, model_dir, base_url=None):
             except OSError as error:
                 raise OSError(
                     f"{error}. Run again once that is mended, or name a mirror with --base_url, or put OpenAI's "
-                    f"{len(TF_FILES)} files into {model_dir} yourself (README, GPT-2 124M)"
+                    f"{len(TF_FILES)} files into {model_dir} yourself (docs/models.md, Downloading)"
                 ) from None
 
 

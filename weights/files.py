@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-MAX_SMALL = 2**24  # bytes: far above any configuration or vocabulary, far below what takes long to parse
+MAX_SMALL = 2**23  # bytes: above the configuration and tokenizer of any GPT-2, below what takes long to parse
 
 # ---- Reading ----
 
