@@ -48,25 +48,25 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         backend: numpy, or jax (compiled, and on an accelerator if there is one)
         dtype: float32, bfloat16 (half the memory, 2 to 3 digits) or float64
         prompt_file: a UTF-8 file with the prompt, - for stdin
-        temperature: 0 takes the likeliest token each time; above, the higher the more varied; 1: as the model is
+        temperature: 0: always the likeliest token; above 0 the text varies, more the higher it is; 1: as the model is
         top_k: draw from the k likeliest tokens only; 0: from all
         top_p: draw from the fewest tokens that have this probability together, above 0; 1: from all
-        min_p: draw from the tokens that are at least this share as likely as the likeliest, 0 to 1; 0: from all
+        min_p: draw from tokens with at least this fraction of the likeliest one's probability, 0 to 1; 0: from all
         seed: the same seed draws the same text, 0 or more; left out: another one each time
-        repetition_penalty: above 1, tokens that are there already become less likely; 0.01 to 100; 1: off
-        no_repeat_ngram_size: never write a sequence of so many tokens twice; 0: off
-        min_new_tokens: do not write <|endoftext|> before there are so many; 0: off
-        bad_words: a word not to write, with a space before it or without; may be given several times
-        stop: end where this text is written, and leave it out; may be given several times
+        repetition_penalty: above 1, tokens of the prompt and the new text become less likely; 0.01 to 100; 1: off
+        no_repeat_ngram_size: never repeat a sequence of this many tokens; 0: off
+        min_new_tokens: ban <|endoftext|> until there are this many new tokens; 0: off
+        bad_words: a word to ban, with and without a space before it; may be given several times
+        stop: end at this text, which is not printed; may be given several times
         stop_at_eos: end at <|endoftext|>; left out: as the model's folder says (OpenAI's do not)
         overflow: error, or slide: past n_ctx continue from the last n_ctx/2 tokens
-        num_samples: so many continuations of one prompt, 1 to 1024, the i-th (from 0) with seed + i
+        num_samples: the number of continuations of one prompt, 1 to 1024; the i-th (from 0) has seed + i
         batch: a prompt on each line of the prompt_file, all at once
-        num_beams: search the likeliest text with so many beams, up to 1024, not token by token; 1: off
+        num_beams: search for the likeliest text with this many beams, up to 1024; 1: off
         length_penalty: for beams, -10 to 10: above 0 favours long texts; 1: the mean log-probability
         early_stopping: for beams: false, true or never: when enough have ended (inference/beam.py)
         json: a JSON object a line: prompt, text, token_ids, log_probabilities (score), stop_reason, seconds
-        trace: show so many candidates for each token on stderr, up to 20; 0: off
+        trace: show this many candidates for each token on stderr, up to 20; 0: off
     """
     flags = SimpleNamespace(**locals())
     flags.stop, flags.bad_words = as_texts(stop), as_texts(bad_words)
@@ -94,7 +94,7 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
 
 
 def as_texts(texts):
-    """A flag that may be given several times, from Python: one text alone is one text, not its letters."""
+    """The values of a flag that may be given several times, as a list. A caller in Python may pass a single str."""
     return [texts] if isinstance(texts, str) else list(texts)
 
 
@@ -151,7 +151,7 @@ def sampling_params(flags, **of_model):
 
 
 def read_prompts(flags):
-    """The prompts, one for each text that is wanted. Piped stdin is the prompt if nothing else is."""
+    """The prompts, one for each sequence. Without a prompt and a --prompt_file, piped stdin is the prompt."""
     if flags.prompt and flags.prompt_file:
         raise ValueError("a prompt and --prompt_file are two prompts: give one")
     source = flags.prompt_file or ("-" if not flags.prompt and cli.stdin_is_piped() else "")
@@ -176,7 +176,7 @@ def read_prompt_file(path):
 
 
 def make_sequences(flags, tokenizer, model, prompts):
-    """A Sequence for each prompt. Raises ValueError if one does not fit into n_ctx and must."""
+    """A Sequence for each prompt. Raises ValueError if one is too long for n_ctx, unless --overflow is slide."""
     words = [space + word.strip() for word in flags.bad_words for space in ("", " ")]
     params = sampling_params(
         flags, bad_words=tuple(tuple(tokenizer.encode(word)) for word in words), end_ids=model.end_ids,
