@@ -215,12 +215,12 @@ def main(model_size: str = "124M", *, models_dir: str = "", against: str = "", r
     Args:
         model_size: 3M, 124M, 355M, 774M or 1558M, with random weights; or a model folder
         models_dir: where the folders of models are; left out: models/ of this repository
-        against: peers, with commas: transformers, ctranslate2, picogpt-style; those installed are measured
-        rounds: how often each is asked, 5 or more for a median to trust
+        against: peers, separated by commas: transformers, ctranslate2, picogpt-style; those installed are measured
+        rounds: how many times each is measured; take 5 or more for a reliable median
         dtype: float32, bfloat16 or float64
         backend: numpy or jax; left out: both
-        json: print one JSON object in place of the table
-        plot: a .png to draw the table in
+        json: print one JSON object instead of the table
+        plot: a .png file for a picture of the table
         worker: for the processes that this program starts itself
     """
     if worker:
@@ -246,7 +246,7 @@ def main(model_size: str = "124M", *, models_dir: str = "", against: str = "", r
 
 
 def check(rounds, plot):
-    """Raises ValueError for rounds that are none, and for a picture that cannot be drawn."""
+    """Raises ValueError if there are no rounds, and if there is a picture to draw but no matplotlib."""
     if plot and not installed("matplotlib"):
         raise ValueError("--plot needs matplotlib: python3 -m pip install matplotlib")
     if rounds < 1:

@@ -38,13 +38,13 @@ N_F = 256  # the tokens whose operations F is measured by
 
 
 def main(sizes: str = "124M,355M,774M,1558M", *, rounds: int = 5, json: bool = False, plot: str = ""):
-    """Measures how tokens a second change with context, batch and model size, in float32, on each backend.
+    """Measures how tokens per second change with context, batch and model size, in float32, on each backend.
 
     Args:
-        sizes: with commas, of 3M, 124M, 355M, 774M, 1558M; contexts and batches are measured on the first
-        rounds: how often each is asked, 5 or more for a median to trust
-        json: print one JSON object in place of the tables
-        plot: a .png to draw the curves in
+        sizes: separated by commas, of 3M, 124M, 355M, 774M, 1558M; contexts and batches are measured on the first
+        rounds: how many times each is measured; take 5 or more for a reliable median
+        json: print one JSON object instead of the tables
+        plot: a .png file for a picture of the curves
     """
     names = sizes.split(",")
     if unknown := [size for size in names if size not in bench.HPARAMS]:

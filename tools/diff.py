@@ -201,7 +201,7 @@ def main(prompt: str = "Once upon a time", *, model_size: str = "3M", models_dir
          backend_a: str = "numpy", dtype_a: str = "float32", backend_b: str = "jax", dtype_b: str = "float32",
          against: str = "", save: str = "", json: bool = False):
     # fmt: on
-    """Where two runs of one prompt part, layer by layer. Exit status 1 if they do beyond rounding.
+    """Compares two runs of one prompt, layer by layer. Exit status 1 if they differ by more than rounding.
 
     Args:
         prompt: the text to run through the model
@@ -211,9 +211,9 @@ def main(prompt: str = "Once upon a time", *, model_size: str = "3M", models_dir
         dtype_a: float32, bfloat16 or float64
         backend_b: as backend_a, for the run to compare with
         dtype_b: as dtype_a
-        against: a recording (.npz) to compare with, in place of run b
+        against: a recording (.npz) to compare with, instead of run b
         save: a file (.npz) to record the first run of a in
-        json: print one JSON object in place of the table
+        json: print one JSON object instead of the table
     """
     for dtype in (dtype_a, dtype_b):
         find_dtype(dtype)

@@ -33,7 +33,7 @@ def table(params):
 
 
 def main(model_size: str = "3M", *, models_dir: str = ""):
-    """Lists the parameters of a model: name, shape, dtype, mean, standard deviation; and how many are of each kind.
+    """Lists the parameters of a model, with shape, dtype, mean and standard deviation, and counts them by kind.
 
     Args:
         model_size: 3M, 124M, 355M, 774M, 1558M or a model folder
