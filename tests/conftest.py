@@ -63,7 +63,7 @@ def command(monkeypatch, capsys):
             cli.run(main, "program")
         gc.set_threshold(*every)  # this process is not the program's own
         atexit.unregister(gc.freeze)
-        if "jax" in sys.modules:
+        if sys.modules.get("jax"):
             sys.modules["jax"].config.update("jax_enable_x64", False)
         out, err = capsys.readouterr()
         return stopped.value.code, out, err
