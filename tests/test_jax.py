@@ -213,6 +213,7 @@ def test_a_platform_that_is_not_there_is_one_line(platform):
 def test_a_missing_jax_is_one_line_with_the_command(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax", None)
     monkeypatch.delitem(sys.modules, "backends.jax_backend", raising=False)
+    backends.get.cache_clear()
     status, out, err = command("Once", "--backend", "jax", "--model_size", "3M")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "python3 -m pip install jax" in err

@@ -1,4 +1,4 @@
-"""Is this checkout slower than another one? Both are measured in turn, so that a slow minute of the machine hits both.
+"""Is this checkout slower than another one? Both are measured in turn, so a slow minute of the machine affects both.
 
     git worktree add ../before HEAD~1
     python -m tools.compare ../before
