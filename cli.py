@@ -1,39 +1,71 @@
-"""Command-line manners, the same for every program here. `fire` makes the flags from a function's signature; this adds
-what it lacks: texts stay texts ("2019", "None", "C# is"), types are checked, help is short, a mistake gets one line.
+"""The command line, the same for every program here. `fire` makes flags from a signature. This file adds what
+fire lacks: texts stay texts ("2019", "None", "C# is"), types are checked, help is short, a mistake gets one line.
 
-Exit status: 0 done; 1 the world failed (network, disk, a damaged file); 2 the user's mistake; 130 Ctrl-C.
+Exit status: 0 success; 1 a failure of the world (network, disk, a damaged file); 2 a mistake of the user's; 130 Ctrl-C.
 """
 
 import atexit
+import contextlib
 import difflib
 import functools
 import gc
 import inspect
 import json
 import os
+import signal
+import stat
 import sys
+import threading
+
+BOOLEANS = {"true": True, "false": False}
+
+
+def leave_on_ctrl_c():
+    """Makes Ctrl-C end this process at once with status 130. A program calls it first, before slow imports.
+
+    Python's own answer, a KeyboardInterrupt, may arrive inside JAX, which then crashes, or be lost in a callback. And
+    it waits while compiled code runs, which takes seconds for a large model; the thread here does not.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # SIGINT is ignored, as in a shell script's background job
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)  # Python writes a byte here as soon as the signal comes
+    signal.signal(signal.SIGINT, leave)
+    threading.Thread(target=lambda: leave(os.read(reading, 1)), daemon=True).start()
+
+
+def leave(*_):
+    """Ends the process with status 130, without the exit handlers of libraries: JAX's may crash in the middle of work.
+    All that was printed is written out first."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # the stream is closed, or Ctrl-C came while it was being written
+            stream.flush()
+    os._exit(130)
+
+
+def unwind_on_ctrl_c():
+    """Makes Ctrl-C raise KeyboardInterrupt again, so that temporary files are removed. For programs without JAX."""
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run(main, program):
-    """Runs `main` (a function, or {name: function}) on this process's arguments, and ends the process.
+    """Runs `main`, a function or {command: function}, with this process's arguments, and ends the process.
 
-    Each parameter is annotated str, int, float, bool, or list: a flag that may be given many times. The docstring has a
-    line for each below "Args:". main raises ValueError for a mistake, OSError for a failure.
+    Each parameter is annotated str, int, float, bool, or list (a flag that may be given several times). The docstring
+    has a line for each of them below "Args:". main raises ValueError for a mistake, OSError for a failure.
     """
-    nowhere = open(os.devnull, "w")  # noqa: SIM115, for a stream that was closed: print would take None for stdout
-    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # Windows would choose otherwise, and stop at an emoji
-    # A vocabulary is 50,000 objects, JAX as many: Python would look through them for garbage again and again, and once
-    # more at the end, for a tenth of the time to a first token.
-    gc.set_threshold(100_000)
-    atexit.register(gc.freeze)
+    prepare_streams()
+    collect_garbage_rarely()
     try:
-        status = call(main, program, sys.argv[1:])
+        call(main, program, sys.argv[1:])
         print(end="", flush=True)
+        status = 0
     except KeyboardInterrupt:
         status = 130
-    except BrokenPipeError:  # whoever read our text has had enough
+    except BrokenPipeError:  # the program that reads our output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except MemoryError as error:
@@ -45,51 +77,28 @@ def run(main, program):
     sys.exit(status)
 
 
-def call(main, program, arguments):
-    """Shows help, or has fire call main. Returns 0."""
-    import fire
-
-    if "--" in arguments:
-        raise ValueError("-- is not needed: a prompt that begins with - is given as --prompt=-...")
-    if isinstance(main, dict):
-        command, *arguments = arguments or [""]
-        if command not in main and command not in ("-h", "--help"):
-            raise ValueError(f"which command? There is {', '.join(main)}; --help says more")
-        main, program = main.get(command, main), f"{program} {command}"
-    if isinstance(main, dict) or {"-h", "--help"} & set(arguments):
-        print(help_text(main, program))
-        return 0
-    # Arguments after "--" are fire's own: "-" is to be no separator but a file name, stdin.
-    fire.Fire(strict(main), command=[*gather(main, arguments), "--", "--separator", "\0"], name=program)
-    return 0
+def prepare_streams():
+    """UTF-8 on stdout and stderr: Windows would choose otherwise, and fail at an emoji. A closed stream is replaced."""
+    nowhere = open(os.devnull, "w")  # noqa: SIM115, open as long as the process; print would take None for stdout
+    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")
 
 
 def stdin_is_piped():
     """Whether stdin is a pipe or a file, as in `echo text | program`."""
-    import stat
-
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (AttributeError, OSError, ValueError):
+    except (AttributeError, OSError, ValueError):  # closed, or replaced by an object
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
-def help_text(main, program):
-    if isinstance(main, dict):
-        return "\n".join(
-            f"{program.split()[0]} {name}: {inspect.getdoc(f).splitlines()[0]}" for name, f in main.items()
-        )
-    parameters = inspect.signature(main).parameters
-    summary, _, flags = inspect.getdoc(main).partition("Args:\n")
-    positional = [f"[{p.name.upper()}]" for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    lines = [f"python {program} {' '.join(positional)} [--flag value ...]", "", summary.rstrip(), ""]
-    for name, text in (line.strip().split(": ", 1) for line in flags.splitlines()):
-        default = parameters[name].default
-        lines.append(
-            f"  --{name} {'' if default in ('', None, ()) or default is False else default}".ljust(28) + f" {text}"
-        )
-    return "\n".join(lines)
+def collect_garbage_rarely():
+    """For speed only: a vocabulary is 50,000 objects, and JAX has as many. By default Python searches all of them for
+    garbage several times, and once more at the end, which takes a tenth of the time to a first token."""
+    gc.set_threshold(100_000)
+    atexit.register(gc.freeze)
 
 
 def one_line(error):
@@ -97,36 +106,81 @@ def one_line(error):
     return " ".join((f"{error.filename}: {error.strerror}" if named else str(error)).split())
 
 
-def gather(main, arguments):
-    """The arguments, with all values of a flag that is a list in one JSON list: fire would keep the last. Raises
-    ValueError for a flag that main does not have, or that lacks a value: fire would take it for "True"."""
+def call(main, program, arguments):
+    """Prints help, or has fire call main. Raises ValueError for arguments that main does not take."""
+    import fire
+    from fire.decorators import SetParseFns
+
+    if "--" in arguments:
+        raise ValueError("-- is not needed: a prompt that begins with - is given as --prompt=-...")
+    if isinstance(main, dict):
+        command, *arguments = arguments or [""]
+        if command not in main and command not in ("-h", "--help"):
+            raise ValueError(f"unknown command {command!r}: choose {' or '.join(main)}; --help explains them")
+        main, program = main.get(command, main), f"{program} {command}"
+    if isinstance(main, dict) or {"-h", "--help"} & set(arguments):
+        print(help_text(main, program))
+        return
     parameters = inspect.signature(main).parameters
-    lists, others, words = {}, [], [*arguments]
+    converters = {name: functools.partial(convert, name, kind_of(p)) for name, p in parameters.items()}
+    words = normalize(parameters, arguments)
+    # Words after "--" are fire's own: "-" is not to be a separator but a file name, stdin.
+    fire.Fire(SetParseFns(**converters)(main), command=[*words, "--", "--separator", "\0"], name=program)
+
+
+def help_text(main, program):
+    """Summary, usage and flags of a function, from its docstring and signature; a line each of {command: function}."""
+    if sys.flags.optimize > 1:
+        raise ValueError("--help is made from docstrings, which python -OO removes: leave out -OO")
+    if isinstance(main, dict):
+        return "\n".join(f"{program.split()[0]} {name}: {f.__doc__.splitlines()[0]}" for name, f in main.items())
+    parameters = inspect.signature(main).parameters
+    summary, _, flags = inspect.getdoc(main).partition("Args:\n")
+    usage = "".join(f"[{p.name.upper()}] " for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD)
+    lines = [f"python {program} {usage}[--flag value ...]", "", summary.rstrip(), ""]
+    for name, text in (line.strip().split(": ", 1) for line in flags.splitlines()):
+        default = parameters[name].default
+        shown = "" if default in ("", None, ()) or default is False else default
+        lines.append(f"  --{name} {shown}".ljust(28) + f" {text}")
+    return "\n".join(lines)
+
+
+def normalize(parameters, arguments):
+    """The arguments in the form that fire understands: texts, then each flag as --name=value, a list as JSON.
+
+    By itself fire takes the word after a boolean flag for its value, and keeps only the last of several values. Raises
+    ValueError for an unknown flag, a flag without a value, or one text too many.
+    """
+    texts, flags, words = [], {}, [*arguments]
     while words:
         word = words.pop(0)
-        flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        kind = kind_of(parameters.get(name))
-        if not flag.startswith("--"):
-            kind = bool  # no flag, or one with a single dash: for fire to see to
-        elif kind is None and kind_of(parameters.get(name.removeprefix("no"))) is not bool:
-            raise ValueError(f"unknown flag {flag}: {guess(name, parameters)}--help lists them all")
-        if kind in (None, bool) or equals:
-            others.append(word)
-        elif not words or words[0].startswith("--"):
-            raise ValueError(f"{flag} needs a value; one that begins with -- is given as {flag}=--...")
-        else:
-            value = words.pop(0)
-            others += [f"{flag}={value}"]
-        if kind is list:
-            others.pop()
-            lists.setdefault(name, []).append(value)
-    return others + [f"--{name}={json.dumps(values)}" for name, values in lists.items()]
+        if word == "-" or not word.startswith("-"):
+            texts.append(word)
+            continue
+        name, value = read_flag(word, words, parameters)
+        flags[name] = [*flags.get(name, []), value] if kind_of(parameters[name]) is list else value
+    by_position = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in flags]
+    for surplus in texts[len(by_position) :]:
+        raise ValueError(f"{surplus!r} is one argument too many: give one text, in quotes if it has spaces")
+    return texts + [f"--{name}={json.dumps(v) if isinstance(v, list) else v}" for name, v in flags.items()]
 
 
-def kind_of(parameter):
-    """What a parameter is annotated with; of `int | None`, where None is for a flag that is left out, int."""
-    return parameter and getattr(parameter.annotation, "__args__", [parameter.annotation])[0]
+def read_flag(word, words, parameters):
+    """(name, value) of the flag `word`, both str. If the value is the next of `words`, it is removed from them."""
+    flag, equals, value = word.partition("=")
+    name = flag.lstrip("-").replace("-", "_")
+    positive = name.removeprefix("no")
+    if name not in parameters and kind_of(parameters.get(positive)) is bool and not equals:
+        return positive, "False"  # --nojson
+    if not flag.startswith("--") or name not in parameters:
+        raise ValueError(f"unknown flag {flag}: {guess(name, parameters)}--help lists them all")
+    if equals:
+        return name, value
+    if kind_of(parameters[name]) is bool:
+        return name, words.pop(0) if words and words[0].lower() in BOOLEANS else "True"
+    if not words or words[0].startswith("--"):
+        raise ValueError(f"{flag} needs a value; one that begins with -- is given as {flag}=--...")
+    return name, words.pop(0)
 
 
 def guess(flag, parameters):
@@ -135,32 +189,14 @@ def guess(flag, parameters):
     return "".join(f"did you mean --{name}? " for name in nearest)
 
 
-def strict(main):
-    """`main` for fire: each argument converted as annotated; one too many or a flag unknown is a ValueError."""
-    from fire.decorators import SetParseFn, SetParseFns
-
-    parameters = inspect.signature(main).parameters
-    by_position = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    by_name = [p for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
-
-    @functools.wraps(main)
-    def command(*args, **flags):
-        if surplus := args[len(by_position) :]:
-            raise ValueError(f"{surplus[0]!r} is one argument too many: give one text, in quotes if it has spaces")
-        for flag in flags.keys() - parameters.keys():  # given with a single dash
-            raise ValueError(f"unknown flag -{flag}: {guess(flag, parameters)}--help lists them all")
-        return main(*args, **flags)
-
-    surplus = inspect.Parameter("surplus", inspect.Parameter.VAR_POSITIONAL)
-    unknown = inspect.Parameter("unknown", inspect.Parameter.VAR_KEYWORD)
-    command.__signature__ = inspect.Signature([*by_position, surplus, *by_name, unknown])
-    converters = {name: functools.partial(convert, name, kind_of(p)) for name, p in parameters.items()}
-    return SetParseFns(**converters)(SetParseFn(str)(command))
+def kind_of(parameter):
+    """The type that a parameter is annotated with; of `int | None`, where None means that the flag is left out, int."""
+    return parameter and getattr(parameter.annotation, "__args__", [parameter.annotation])[0]
 
 
 def convert(name, kind, text):
-    """The value of --name: a str, int (none here has a use for one below 0), float, bool or list; else ValueError."""
-    parse = {bool: {"True": True, "False": False}.__getitem__, list: json.loads}.get(kind, kind)
+    """The value of --name: a str, int (0 or more: no flag here needs less), float, bool or list. Raises ValueError."""
+    parse = {bool: lambda word: BOOLEANS[word.lower()], list: json.loads}.get(kind, kind)
     try:
         value = parse(text)
     except (ValueError, KeyError):

@@ -1,6 +1,9 @@
 """GPT-2 and nothing else. gpt2.py is the same, explained: the same operations in the same order, bit for bit."""
 
-import itertools
+if __name__ == "__main__":  # as a program: Ctrl-C ends it from here on
+    import sys; sys.path.insert(0, __file__.removesuffix("gpt2_pico.py"))
+    import cli; cli.leave_on_ctrl_c()
+
 import math
 
 import numpy as np
@@ -52,18 +55,14 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
 def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = "", models_dir: str = ""):
     from utils import choose_model, first_ids, load_folder, read_ending
 
-    folder = choose_model(model_size, models_dir)
-    encoder, hparams, params = load_folder(folder)
+    encoder, hparams, params = load_folder(folder := choose_model(model_size, models_dir))
     inputs = first_ids(encoder, prompt)
     if (n_seq := len(inputs)) + n_tokens_to_generate > hparams["n_ctx"]:
         raise ValueError(f"prompt {n_seq} + {n_tokens_to_generate} new tokens > n_ctx {hparams['n_ctx']}")
     params["wte"] = params["wte"][: encoder.n_vocab]  # further rows, if there are any, are of no token
     ids = generate(inputs, params, hparams["n_head"], n_tokens_to_generate)
-    ending = read_ending(folder, encoder, hparams)
-    if ending.stop_at_eos:
-        ids = list(itertools.takewhile(lambda i: i not in ending.end_ids, ids))
-    print(encoder.decode(ids))
+    end_ids, stops = read_ending(folder, encoder, hparams)
+    print(encoder.decode(ids[: next((n for n, i in enumerate(ids) if stops and i in end_ids), None)]))
 
 if __name__ == "__main__":
-    from cli import run
-    run(main, "gpt2_pico.py")
+    cli.run(main, "gpt2_pico.py")

@@ -8,6 +8,14 @@ tokenizer). Both are loaded as the same `params`.
     python utils.py convert models/3M out --layout hf        writes a model in the other layout
 """
 
+if __name__ == "__main__":  # run as a program: Ctrl-C ends it from here on
+    import sys
+
+    sys.path.insert(0, __file__.removesuffix("utils.py"))
+    import cli
+
+    cli.leave_on_ctrl_c()
+
 import contextlib
 import difflib
 import functools
@@ -43,6 +51,11 @@ def load_encoder_hparams_and_params(model_size, models_dir=None, base_url=None):
     Raises ValueError for a name that is none of these, OSError for what cannot be fetched, is missing or is damaged.
     """
     return load_folder(find_model(model_size, models_dir, base_url))
+
+
+def load_model(model_size="", models_dir=None, base_url=None):
+    """The same for a front door: the model that choose_model chooses."""
+    return load_folder(choose_model(model_size, models_dir, base_url))
 
 
 def load_folder(folder):
@@ -195,7 +208,6 @@ def save_model(folder, hparams, params, layouts=LAYOUTS, name="model.ckpt", endi
 
 
 if __name__ == "__main__":
-    import cli
     from tools import models
 
     cli.run({"verify": models.verify, "convert": models.convert}, "utils.py")

@@ -13,11 +13,10 @@ import types
 
 import numpy
 
-from backends import numpy_backend
-
 NAMES = ("numpy", "jax")
 
 
+@functools.lru_cache
 def get(name):
     """The module that computes with `name`, "numpy" or "jax". Raises ValueError for any other, or if it is missing."""
     if name not in NAMES:
@@ -63,36 +62,29 @@ np = _Namespace()
 
 
 def update(buffer, new, start):
-    """`update` of the backend that `buffer` belongs to: see there."""
-    return (numpy_backend if namespace_of([buffer]) is numpy else get("jax")).update(buffer, new, start)
+    """`update` of the backend that the arguments belong to: see there."""
+    library = namespace_of((buffer, new, start))
+    if library is numpy:
+        return get("numpy").update(buffer, new, start)
+    return (library if hasattr(library, "update") else get("jax")).update(buffer, new, start)
 
 
 def keeps_dtype(layer=None, *, compute=None):
     """Decorates a layer: its result gets the dtype of its first argument. Only bfloat16 needs it.
 
     float32 and float64 keep their dtype by themselves. For bfloat16 NumPy answers in float32, so the result is rounded
-    back. compute="float32" also converts the argument first: bfloat16 has 8 significant bits, too few for long sums.
+    back. compute="float32" also converts the argument first: bfloat16 has 8 significant bits, too few for long sums. It
+    is for layers of [..., n] arrays, whose result has the same shape.
     """
     if layer is None:
         return functools.partial(keeps_dtype, compute=compute)
 
     @functools.wraps(layer)
     def wrapped(x, *args, **kwargs):
+        if compute and hasattr(x, "apply_layer"):  # all rows of a batch at once: see numpy_vmap.py
+            return x.apply_layer(wrapped, layer, args, kwargs)
         if x.dtype.itemsize != 2:
             return layer(x, *args, **kwargs)
         return layer(x if compute is None else x.astype(compute), *args, **kwargs).astype(x.dtype)
-
-    return wrapped
-
-
-def in_float32(layer):
-    """A layer that takes a bfloat16 argument to float32, computes there, and rounds only its result.
-
-    bfloat16 carries 8 significant bits: a sum of a thousand such terms would lose the small ones on the way.
-    """
-
-    @functools.wraps(layer)
-    def wrapped(x, *args, **kwargs):
-        return layer(x.astype(numpy.float32) if x.dtype.itemsize == 2 else x, *args, **kwargs)
 
     return wrapped

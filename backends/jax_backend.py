@@ -72,6 +72,17 @@ def vmap(f, in_axes=0):
     return jax.vmap(f, in_axes=in_axes)
 
 
+def scan(f, carry, rows):
+    """See numpy_backend.scan. f is traced and compiled once, however many rows there are, and each round computes in
+    the memory of the one before."""
+    return jax.lax.scan(f, carry, rows)
+
+
+def tune(step):
+    """step itself: XLA's threads do not wait for each other in a way that needs tuning."""
+    return step
+
+
 def update(buffer, new, start):
     """`buffer` with `new` written at the indices `start`, one for each axis. Use only what is returned.
 

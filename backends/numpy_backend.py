@@ -1,12 +1,13 @@
 """The operations of a backend in plain NumPy: what each one means. Read it beside jax_backend.py, which has the same
 names in the same order and compiles."""
 
-import functools
+import operator
 
 import numpy
 
+from backends import numpy_grad, numpy_threads, numpy_vmap
 from backends.numpy_layout import keep_freed_memory, prepare
-from weights.params import tree_map
+from weights.params import flatten, tree_map
 
 __all__ = ["prepare"]  # lays out the matrices of a model for speed, in place: see numpy_layout.py
 COMPILES = False  # whether each new combination of shapes costs the compilation of a program
@@ -51,26 +52,25 @@ def vmap(f, in_axes=0):
     """f for one example -> f for a batch. Arguments whose entry in in_axes is 0 have one row for each example along
     axis 0; those with None are the same for all. Arguments and results are trees of arrays.
 
-    A loop, and the results stacked. Raises ValueError for other axes and for batches of different lengths.
+    No loop: each operation in f becomes one that computes all rows. Raises ValueError as numpy_vmap.vmap does.
     """
+    return numpy_vmap.vmap(f, in_axes)
 
-    def batched(*args):
-        axes = in_axes if isinstance(in_axes, (tuple, list)) else [in_axes] * len(args)
-        if set(axes) - {0, None}:
-            raise ValueError(f"in_axes {in_axes!r}: each must be 0 or None")
-        lengths, mapped = set(), [arg for arg, axis in zip(args, axes, strict=True) if axis == 0]
-        tree_map(lambda leaf: lengths.add(len(leaf)), mapped)
-        if len(lengths) != 1:
-            raise ValueError(f"in_axes {in_axes!r}, lengths {sorted(lengths)}: one axis 0 at least, one length for all")
-        (n_batch,) = lengths
 
-        def row(i):
-            pick = functools.partial(tree_map, lambda leaf: leaf[i])
-            return (arg if axis is None else pick(arg) for arg, axis in zip(args, axes, strict=True))
+def scan(f, carry, rows):
+    """A loop in which each round hands `carry` to the next: carry, y = f(carry, row) for each row of the tree `rows`,
+    along axis 0 of its arrays. Returns (the last carry, the y of all rounds, stacked)."""
+    results = []
+    for i in range(len(next(iter(flatten(rows).values())))):
+        carry, y = f(carry, tree_map(operator.itemgetter(i), rows))
+        results.append(y)
+    return carry, tree_map(lambda *parts: numpy.stack(parts), *results)
 
-        return tree_map(lambda *rows: numpy.stack(rows), *(f(*row(i)) for i in range(n_batch)))
 
-    return batched
+def tune(step):
+    """The function step(params, tokens, ...), tuned while it runs: it gets the number of BLAS threads that is fastest
+    at the moment (numpy_threads.py)."""
+    return numpy_threads.adaptive(step)
 
 
 def update(buffer, new, start):
@@ -78,13 +78,14 @@ def update(buffer, new, start):
 
     NumPy writes into the buffer itself, which saves a copy. Raises ValueError where `new` does not fit.
     """
-    place = tuple(slice(i, i + n) for i, n in zip(start, new.shape, strict=True))
-    if min(start) < 0 or buffer[place].shape != new.shape:
+    place = buffer[tuple([slice(i, i + n) for i, n in zip(start, new.shape, strict=True)])]
+    if min(start) < 0 or place.shape != new.shape:
         raise ValueError(f"{list(new.shape)} numbers from {list(start)} on do not fit into {list(buffer.shape)}")
-    buffer[place] = new
+    place[...] = new
     return buffer
 
 
 def value_and_grad(f):
-    """Raises NotImplementedError: NumPy does not record how a value was computed, so it cannot differentiate it."""
-    raise NotImplementedError("gradients need the jax backend: NumPy keeps no record of how a value was computed")
+    """f(params, ...) -> (f's value, its gradient: a tree like params). Raises TypeError as numpy_grad.value_and_grad
+    does."""
+    return numpy_grad.value_and_grad(f)

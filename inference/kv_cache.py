@@ -99,7 +99,8 @@ def forward(params, tokens, cache, position, last=None, *, n_head, jit=lambda f:
 @functools.lru_cache
 def compiled(n_head, library):
     """`forward` for a backend, compiled once in a process for all calls of the same shapes."""
-    return library.jit(functools.partial(forward, n_head=n_head, jit=library.jit), donate_argnums=(2,))
+    step = library.jit(functools.partial(forward, n_head=n_head, jit=library.jit), donate_argnums=(2,))
+    return library.tune(step)
 
 
 def make_model(params, n_head, library, end_ids=(), stop_at_eos=False):

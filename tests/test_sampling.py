@@ -55,6 +55,19 @@ def plain_top_p(row, p):
     return [x if i in kept else -INF for i, x in enumerate(row)]
 
 
+def plain_min_p(row, p):
+    probabilities = plain_softmax(row)
+    return [
+        x if probability >= p * max(probabilities) else -INF for x, probability in zip(row, probabilities, strict=True)
+    ]
+
+
+def plain_no_repeat_ngram(row, ids, size):
+    """Each token is tried: does the sequence that it would end stand in ids already?"""
+    known = [ids[i : i + size] for i in range(len(ids) - size + 1)] if size else []
+    return [-INF if [*ids, i][len(ids) + 1 - size :] in known else x for i, x in enumerate(row)]
+
+
 def cases(n=1000, n_vocab=None):
     for seed in range(n):
         rng = random.Random(seed)
@@ -67,8 +80,10 @@ PROCESSORS = {
     "repetition_penalty": lambda rng, row, ids: (ids, rng.choice([0.5, 1.0, 1.2, 2.0])),
     "min_new_tokens": lambda rng, row, ids: (rng.randrange(4), rng.randrange(4), [rng.randrange(len(row))]),
     "bad_words": lambda rng, row, ids: (ids, random_words(rng, row, ids)),
+    "no_repeat_ngram": lambda rng, row, ids: (random_repeats(rng, row), rng.randrange(5)),
     "top_k": lambda rng, row, ids: (rng.randrange(len(row) + 3),),
     "top_p": lambda rng, row, ids: (rng.choice([1e-9, rng.random() or 0.5, 1 - 1e-9]),),
+    "min_p": lambda rng, row, ids: (rng.choice([0.0, rng.random(), 1e-9, 1.0]),),
 }
 
 
@@ -76,6 +91,11 @@ def random_words(rng, row, ids):
     """Some that match the end of ids, some that do not."""
     tails = [ids[len(ids) - n :] for n in range(min(3, len(ids)) + 1)]
     return [tuple(rng.choice([*tails, [0, 0]])) + (rng.randrange(len(row)),) for _ in range(3)]
+
+
+def random_repeats(rng, row):
+    """Ids in which sequences come again."""
+    return rng.choices(range(min(len(row), rng.randrange(1, 5))), k=rng.randrange(15))
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -103,19 +123,25 @@ def test_the_same_code_on_jax(name):
 def test_transformers_agrees():
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    for rng, row, ids in list(cases(200)):
-        ids, logits = ids or [0], np.array(row)
-        row_t, ids_t = torch.tensor([row], dtype=torch.float64), torch.tensor([ids])
+    for rng, row, ids in cases():
+        ids, repeats, logits = ids or [0], random_repeats(rng, row) or [0], np.array(row)
         k, p, penalty = rng.randrange(1, len(row)), rng.uniform(0.05, 0.95), rng.choice([0.8, 1.3])
-        words = [list(word) for word in random_words(rng, row, ids)]
-        for theirs, ours in [
-            (transformers.TopKLogitsWarper(k), sampling.top_k(logits, k)),
-            (transformers.TopPLogitsWarper(p), sampling.top_p(logits, p)),
-            (transformers.TemperatureLogitsWarper(0.7), sampling.temperature(logits, 0.7)),
-            (transformers.RepetitionPenaltyLogitsProcessor(penalty), sampling.repetition_penalty(logits, ids, penalty)),
-            (transformers.NoBadWordsLogitsProcessor(words), sampling.bad_words(logits, ids, words)),
+        size, words = rng.randrange(1, 5), [list(word) for word in random_words(rng, row, ids)]
+        for theirs, given, ours in [
+            (transformers.TopKLogitsWarper(k), ids, sampling.top_k(logits, k)),
+            (transformers.TopPLogitsWarper(p), ids, sampling.top_p(logits, p)),
+            (transformers.MinPLogitsWarper(p), ids, sampling.min_p(logits, p)),
+            (transformers.TemperatureLogitsWarper(0.7), ids, sampling.temperature(logits, 0.7)),
+            (
+                transformers.RepetitionPenaltyLogitsProcessor(penalty),
+                ids,
+                sampling.repetition_penalty(logits, ids, penalty),
+            ),
+            (transformers.NoRepeatNGramLogitsProcessor(size), repeats, sampling.no_repeat_ngram(logits, repeats, size)),
+            (transformers.NoBadWordsLogitsProcessor(words), ids, sampling.bad_words(logits, ids, words)),
         ]:
-            assert theirs(ids_t, row_t.clone())[0].tolist() == pytest.approx(ours.tolist(), rel=1e-12)
+            found = theirs(torch.tensor([given]), torch.tensor([row], dtype=torch.float64))[0].tolist()
+            assert found == pytest.approx(ours.tolist(), rel=1e-12), (type(theirs), given)
 
 
 def kept(logits):
@@ -152,6 +178,8 @@ def test_neutral_values_change_nothing_at_all(dtype):
         sampling.top_k(row, 50),
         sampling.top_k(row, 99),
         sampling.top_p(row, 1.0),
+        sampling.min_p(row, 0.0),
+        sampling.no_repeat_ngram(row, [1, 2, 1, 2], 0),
     ]:
         assert same is row
 
@@ -210,6 +238,10 @@ def test_sample_takes_no_banned_token_and_never_runs_off_the_end(backend):
         (SamplingParams(1.0, top_p=0.0), "top_p 0.0"),
         (SamplingParams(1.0, top_p=1.1), "top_p 1.1"),
         (SamplingParams(1.0, top_p=math.nan), "top_p nan"),
+        (SamplingParams(1.0, min_p=1.1), "min_p 1.1"),
+        (SamplingParams(1.0, min_p=-0.1), "min_p -0.1"),
+        (SamplingParams(1.0, min_p=math.nan), "min_p nan"),
+        (SamplingParams(min_p=0.1), "min_p 0.1 has no effect at temperature 0"),
         (SamplingParams(repetition_penalty=0.0), "repetition_penalty 0.0"),
         (SamplingParams(repetition_penalty=-2.0), "repetition_penalty -2.0"),
         (SamplingParams(repetition_penalty=1e308), "repetition_penalty 1e"),
@@ -228,6 +260,17 @@ def test_with_every_token_banned_there_is_an_error_and_no_nan():
     settings = SamplingParams(1.0, bad_words=((0,), (1,), (2,)))
     with pytest.raises(ValueError, match="every token is banned"):
         sampling.choose(np.zeros(3), [0], 0, settings, 0.5)
+
+
+def test_settings_reach_their_functions_in_the_order_that_is_documented():
+    """Of four tokens each setting bans one; and min_p measures what top_k and the temperature have left."""
+    logits = np.array([3.0, 2.0, 1.0, 0.5])
+    params = SamplingParams(1.0, no_repeat_ngram_size=2, bad_words=((1,),))
+    assert kept(sampling.process(logits, [0, 2, 0], 0, params)) == {0, 3}
+    assert kept(sampling.process(logits, [], 0, SamplingParams(n_tokens=3))) == {0, 1, 2}
+    assert kept(sampling.warp(logits, SamplingParams(1.0, min_p=0.3))) == {0, 1}, "e^-1 is 0.37, e^-2 is 0.14"
+    assert kept(sampling.warp(logits, SamplingParams(0.5, min_p=0.3))) == {0}, "e^-2"
+    assert kept(sampling.warp(logits, SamplingParams(2.0, min_p=0.3))) == {0, 1, 2}, "e^-0.5, e^-1, e^-1.25 is 0.287"
 
 
 def test_a_tiny_temperature_overflows_nothing():

@@ -1,7 +1,9 @@
 """The loop: from text to a folder that loads, and what an interruption costs. Tiny models, whole runs."""
 
 import contextlib
+import functools
 import io
+import json
 import os
 import random
 import shutil
@@ -13,13 +15,16 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, ROOT, oracle
 
+import backends
 import utils
-from training import data, saves, train
+from training import data, optimizer, saves, train
+from training import step as library
 from training.loss import lm_loss
-from weights.params import flatten
+from weights.files import locked
+from weights.params import flatten, tree_map
 
 jax = oracle("jax")
-oracle("optax")
+BACKENDS = ["numpy", "jax"]
 
 TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--n_ctx", "16", "--batch_size", "4", "--warmup", "2"]
 TINY += ["--eval_every", "3", "--n_steps", "9", "--learning_rate", "0.01", "--dropout", "0.2"]
@@ -37,15 +42,26 @@ def ids(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(ids, tmp_path_factory):
-    """A finished run: (its folder, what it printed)."""
-    folder, said = tmp_path_factory.mktemp("runs") / "whole", io.StringIO()
+def runs(ids, tmp_path_factory):
+    """A function of a backend's name, "" for none given: a finished run on it, (its folder, what it printed)."""
     flags = {
         flag.removeprefix("--"): float(n) if "." in n else int(n) for flag, n in zip(TINY[::2], TINY[1::2], strict=True)
     }
-    with contextlib.redirect_stdout(said):
-        train.main(str(ids), out=str(folder), **flags)
-    return folder, said.getvalue()
+
+    @functools.cache
+    def run(backend):
+        folder, said = tmp_path_factory.mktemp("runs") / "whole", io.StringIO()
+        with contextlib.redirect_stdout(said):
+            train.main(str(ids), out=str(folder), backend=backend, **flags)
+        return folder, said.getvalue()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    """A finished run on JAX: (its folder, what it printed)."""
+    return runs("")
 
 
 @pytest.fixture
@@ -88,18 +104,25 @@ def test_from_text_to_a_model_that_writes(whole, command):
 
 def test_the_flags_reach_the_step(whole, ids):
     """The same run from its parts, each given what the flags say: losses equal to the bit."""
-    library = train.step_library()
+    assert [loss for _, loss, _ in losses(whole[0]) if loss is not None] == steps_by_hand(ids, 9, 9)
+
+
+def steps_by_hand(ids, *n_steps):
+    """The losses of a run of TINY, taken step by step, each on the cosine of the number of steps given for it."""
     _, tokens = data.load(ids, 16)
-    optimizer = library.make_optimizer(library.learning_rate(0.01, 2, 9), weight_decay=0.3, beta2=0.95, clip=0.3)
-    step = library.make_step(optimizer, 2, 4, dropout_rate=0.2, dtype="float32")
+    computing = backends.get("jax")
+    loss_of = library.make_loss(computing, 2, dropout_rate=0.2, dtype="float32")
+    step = library.make_step(computing, loss_of, 4, seed=5, clip=0.3, weight_decay=0.3, beta2=0.95)
     hparams = {"n_vocab": 512, "n_ctx": 16, "n_embd": 16, "n_head": 2, "n_layer": 1}
-    params = jax.tree.map(jax.numpy.array, library.init_params(hparams, seed=5))
-    state, expected = (params, optimizer.init(params)), []
-    for i in range(9):
-        batch = data.draw(tokens["train"], 16, 4, seed=5, step=i)
-        state, loss = step(state, batch, jax.random.fold_in(jax.random.key(5), i))
-        expected.append(float(loss))
-    assert [loss for _, loss, _ in losses(whole[0]) if loss is not None] == expected
+    state, found = optimizer.init_state(tree_map(jax.numpy.array, library.init_params(hparams, seed=5))), []
+    for n in n_steps:
+        while len(found) < n:
+            i = len(found)
+            state, loss = step(
+                state, data.draw(tokens["train"], 16, 4, seed=5, step=i), i, optimizer.learning_rate(i, 0.01, 2, n)
+            )
+            found.append(float(loss))
+    return found
 
 
 def test_both_layouts_hold_the_same_model(whole):
@@ -113,10 +136,11 @@ def test_both_layouts_hold_the_same_model(whole):
     assert not list(folder.parent.glob("**/*.part"))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("stopped_at", [4, 6])
-def test_a_resumed_run_is_the_same_to_the_bit(stopped_at, whole, start, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_same_to_the_bit(stopped_at, backend, runs, start, tmp_path, monkeypatch):
     """Stopped between two saves, and right after one."""
-    take_step = train.Run.take_step
+    whole, take_step = runs(backend), train.Run.take_step
 
     def interrupted(run):
         if run.counters["step"] == stopped_at:
@@ -124,14 +148,58 @@ def test_a_resumed_run_is_the_same_to_the_bit(stopped_at, whole, start, tmp_path
         return take_step(run)
 
     monkeypatch.setattr(train.Run, "take_step", interrupted)
-    assert start()[0] == 130
+    assert start("--backend", backend)[0] == 130
     monkeypatch.setattr(train.Run, "take_step", take_step)
     with open(tmp_path / "run" / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 5, "lo')  # as a kill might leave it
-    assert start("--resume")[0] == 0
+    assert start("--backend", backend, "--resume")[0] == 0
     assert losses(tmp_path / "run") == losses(whole[0])
     resumed = params_of(tmp_path / "run")
     assert all(np.array_equal(array, resumed[path]) for path, array in params_of(whole[0]).items())
+
+
+def test_a_run_on_numpy_is_that_on_jax(runs):
+    for (_, *found), (_, *expected) in zip(losses(runs("numpy")[0]), losses(runs("jax")[0]), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_without_a_backend_named_jax_is_taken_if_it_is_installed(whole, start, tmp_path, monkeypatch):
+    assert saves.load_run(whole[0])[1]["settings"]["backend"] == "jax"
+    monkeypatch.setitem(sys.modules, "jax", None)
+    status, _, err = start("--n_steps", "1")
+    assert (status, err[:5]) == (0, "NumPy")
+    assert saves.load_run(tmp_path / "run")[1]["settings"]["backend"] == "numpy"
+
+
+def test_a_finished_run_goes_on_to_more_steps(whole, ids, start, tmp_path):
+    """On the cosine of the new number, from the first new step on."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    assert start("--resume", "--n_steps", "14")[0] == 0
+    assert [loss for _, loss, _ in losses(tmp_path / "run") if loss is not None] == steps_by_hand(ids, 9, 14)
+    assert saves.saved_steps(tmp_path / "run") == [12, 14]
+    assert steps_by_hand(ids, 9, 14) != steps_by_hand(ids, 14), "the first steps were on another cosine"
+    status, _, err = start("--resume", "--n_steps", "13")
+    assert (status, "--n_steps 13 is fewer than this run has done: 14" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b'{"step": 1, "tokens": 64, "lo', b"7", b"[]", b"null", b'{"tokens": 64}', b'{"step": "1", "tokens": 64}', b"\xff",
+     b'{"step": 1, "tokens": 64, "loss": NaN}', b'{"step": 1, "tokens": true}', b"", b"[" * 100_000],
+)  # fmt: skip
+def test_a_damaged_line_of_metrics_is_noticed(damage, whole, start, tmp_path):
+    """One line on stderr, which names it, and nothing is changed."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([*lines[:2], damage, *lines[2:]]))
+    before = path.read_bytes()
+    status, out, err = start("--resume", "--n_steps", "10")
+    assert (status, out, err.count("\n")) == (1, "", 2), "the device, and the damage"
+    assert f"{path}, line 3: damaged" in err
+    assert path.read_bytes() == before
+    path.write_bytes(b"\n".join(lines))
+    assert start("--resume", "--n_steps", "10")[0] == 0
 
 
 SAVING = """
@@ -142,7 +210,7 @@ hparams = {"n_vocab": 512, "n_ctx": 64, "n_embd": 64, "n_head": 2, "n_layer": 2}
 for step in range(int(sys.argv[2]), 10**6):
     params = unflatten({path: np.full(shape, step, np.float32) for path, shape in param_shapes(**hparams).items()})
     saves.save_best(sys.argv[1], step, hparams, params)
-    saves.save_run(sys.argv[1], step, [params["wte"]] * 3, {"step": step})
+    saves.save_run(sys.argv[1], step, {"mean": params}, {"step": step})
     print(step, flush=True)
 """
 
@@ -160,9 +228,10 @@ def test_kill_9_at_twenty_moments(tmp_path):
         time.sleep(waits.uniform(0, 0.1))
         process.kill()
         reported = [step, *map(int, process.communicate()[0].split())][-1]
-        leaves, counters = saves.load_run(tmp_path)
+        arrays, counters = saves.load_run(tmp_path)
         assert counters["step"] in (reported, reported + 1)
-        assert (leaves[0] == counters["step"]).all()
+        assert len(arrays) == 28
+        assert all((array == counters["step"]).all() for array in arrays.values())
         numbers = {number for array in params_of(tmp_path).values() for number in (array.min(), array.max())}
         assert len(numbers) == 1, "of one step, all of them"
         assert numbers <= {reported, reported + 1}
@@ -231,12 +300,12 @@ def test_going_on_from_a_model(command, ids, tmp_path, golden):
         (["--dropout", "1"], "--dropout 1.0 is out of range"),
         (["--learning_rate", "0"], "--learning_rate 0.0 is out of range"),
         (["--batch_size", "0"], "--batch_size 0 is out of range"),
-        (["--rows_at_once", "3"], "--rows_at_once 3 does not divide --batch_size 4"),
+        (["--micro_batch_size", "3"], "--micro_batch_size 3 does not divide --batch_size 4"),
         (["--dtype", "float16"], "choose float32 or bfloat16"),
-        (["--backend", "numpy"], "gradients need the jax backend"),
+        (["--backend", "torch"], "unknown backend 'torch': choose numpy or jax"),
         (["--init_from", "3M"], "--n_layer has no effect: --init_from decides"),
         (["--seed", "99999999999999999999"], "--seed 99999999999999999999 is out of range: 0 to 4294967295"),
-        (["--rows_at_once", "0"], "--rows_at_once 0 does not divide"),
+        (["--micro_batch_size", "0"], "--micro_batch_size 0 does not divide"),
         (["--resume"], "has no run to resume"),
         (["--steps", "3"], "unknown flag --steps"),
     ],
@@ -258,14 +327,15 @@ def test_other_data_of_the_same_length_is_noticed(whole, ids, start, tmp_path):
     assert (status, "checksum of train.bin" in err) == (2, True)
 
 
-def test_too_little_memory_names_the_flag(start, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), MemoryError("1 byte")])
+def test_too_little_memory_names_the_flag(error, start, monkeypatch):
     def full(run):
-        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
+        raise error
 
     monkeypatch.setattr(train.Run, "begin", full)
     status, _, err = start()
     assert (status, err.splitlines()[-1][:18]) == (1, "not enough memory:")
-    assert "--rows_at_once" in err
+    assert "--micro_batch_size" in err
 
 
 def test_a_full_disk_met_by_the_metrics(start, tmp_path, monkeypatch):
@@ -278,6 +348,18 @@ def test_a_full_disk_met_by_the_metrics(start, tmp_path, monkeypatch):
     status, _, err = start()
     assert status == 1
     assert "metrics.jsonl: No such file or directory; what was saved before still is" in err.splitlines()[-1]
+
+
+def test_a_second_run_into_the_same_folder_is_refused(ids, start, tmp_path):
+    """Whether it begins or resumes; the first goes on, and leaves no lock behind."""
+    with locked(tmp_path / "run"):
+        for flags in ([], ["--resume"]):
+            status, out, err = start(*flags)
+            assert (status, out) == (1, "")
+            assert f"another run is writing into {tmp_path / 'run'}" in err.splitlines()[-1]
+    with locked(tmp_path / "data"), pytest.raises(OSError, match="another run is writing"):
+        data.main(str(ids.parent / "text.txt"), out=str(tmp_path / "data"), n_vocab=257)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("main", [train.main, data.main])
@@ -310,9 +392,23 @@ def test_resuming_with_other_settings_and_starting_over(whole, start, tmp_path):
     assert (status, "training-9.npz: no saved run, or a damaged one" in err) == (1, True)
 
 
-def test_a_missing_optax_is_one_line(start, monkeypatch):
-    monkeypatch.setitem(sys.modules, "optax", None)
-    monkeypatch.delitem(sys.modules, "training.step", raising=False)
-    status, _, err = start()
-    assert status == 2
-    assert "training needs optax: python3 -m pip install" in err.splitlines()[-1]
+def test_a_broken_model_to_start_from_is_one_line(command, ids, tmp_path, golden):
+    model = tmp_path / "broken"
+    shutil.copytree(GOLDEN, model)
+    params = tree_map(lambda array: array * np.float32("nan"), golden["params"])
+    saves.save_model(model, golden["hparams"], params, ["tf"])
+    arguments = [str(ids), "--out", str(tmp_path / "run"), "--init_from", str(model)]
+    status, out, err = command(*arguments, main=train.main)
+    assert (status, out) == (1, "")
+    assert "broken: the loss on train.bin is nan before the first step" in err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_file_of_training_imports_jax(ids, tmp_path):
+    """With it missing, all but --backend jax works, in a process of its own."""
+    code = "import sys; sys.modules['jax'] = sys.modules['optax'] = sys.modules['tokenizers'] = None\n"
+    code += "from training import data, evaluate, loss, model, optimizer, saves, step, train\n"
+    code += f"train.main({str(ids)!r}, out={str(tmp_path / 'run')!r}, n_steps=1, n_embd=6, n_ctx=8, batch_size=2)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])["step"] == 1

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT, random_params, shared
+from conftest import GOLDEN, ROOT, openai_tokenizer, random_params
 from test_tensorflow import as_openai_stores_it, write_with_tensorflow
 
 import utils
@@ -247,7 +247,7 @@ def test_connection_refused(tmp_path, command):
 
 def test_from_the_command_line_to_text_with_openais_tokenizer(tmp_path):
     """A tiny model behind the real tokenizer: the whole way of a first start."""
-    tokenizer = shared("gpt2_bpe")
+    tokenizer = openai_tokenizer()
     hparams = {"n_vocab": 50257, "n_ctx": 16, "n_embd": 4, "n_head": 2, "n_layer": 1}
     write_with_tensorflow(tmp_path / "model.ckpt", as_openai_stores_it(random_params(**hparams)))
     files = {name: (tmp_path / name).read_bytes() for name in ("checkpoint", utils.INDEX, utils.DATA)}

@@ -1,13 +1,21 @@
-"""Text to train on: from files to token ids, and from these to batches.
+"""Training data: text files to token ids on disk (this program), and these to batches (load, draw, consecutive).
 
     python -m training.data stories.txt --out data/stories --n_vocab 2048
 
-    data/stories/train.bin, validation.bin    the ids, two bytes each, end to end, mapped into memory
+    data/stories/train.bin, validation.bin    token ids, two bytes each, one after the other; read by memory mapping
     data/stories/encoder.json, vocab.bpe      the tokenizer, learned from the training part or taken from a model
 
-<|endoftext|> separates the documents of a text file. In the .bin files its id stands before each document: so it ends
-one and starts the next, and a model that is asked to begin with it begins a document.
+Some documents are held out from training, as validation.bin: the loss on text that a model was trained on also falls
+when the model learns that text by heart, so only the loss on other text says how well it predicts.
+
+<|endoftext|> separates the documents of a text file. In the .bin files its id comes before each document, so it ends
+one document and begins the next, and a model that is given it as its prompt begins a document.
 """
+
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
 
 import json
 import sys
@@ -19,22 +27,22 @@ import cli
 import utils
 from encoder import END_OF_TEXT, SPELL, get_encoder
 from utils import save_tokenizer
-from weights.files import new_folder, read_text, replacing, write_text
+from weights.files import check_regular, locked, new_folder, read_text, replacing, write_text
 
 PARTS = ("train", "validation")
 
 
 def main(text: str = "", *, out: str = "data/mine", n_vocab: int | None = None, encoder: str = "",
          validation: float = 0.1, seed: int = 0):  # fmt: skip
-    """A text file, or a folder of .txt files, to token ids on disk, ready for `python -m training.train`.
+    """Converts a text file, or a folder of .txt files, to token ids on disk for `python -m training.train`.
 
     Args:
         text: a UTF-8 file or a folder of *.txt; <|endoftext|> separates documents
         out: the folder to make
-        n_vocab: how many tokens the tokenizer is to learn, 257 to 65536; left out: 2048
+        n_vocab: tokens of the tokenizer to learn, 257 (the bytes and <|endoftext|>) to 65536; left out: 2048
         encoder: take the tokenizer of this model instead: 124M, or a model folder
         validation: the share of documents to hold out, above 0 and below 1
-        seed: which ones
+        seed: chooses the documents to hold out
     """
     if not text:
         raise ValueError("name a text file, or a folder of them")
@@ -46,17 +54,20 @@ def main(text: str = "", *, out: str = "data/mine", n_vocab: int | None = None, 
         raise ValueError(f"{out} is there already: delete it, or name another folder with --out")
     parts = dict(zip(PARTS, split(read_documents(Path(text)), validation, seed), strict=True))
     tokenizer = utils.find_model(encoder) if encoder else learn(parts["train"], 2048 if n_vocab is None else n_vocab)
-    with new_folder(out) as folder:
+    with locked(out), new_folder(out) as folder:
         write(folder, parts, tokenizer)
     print(out)
 
 
 def read_documents(path):
-    """The documents of a file or folder, none empty. Raises ValueError if there are none, OSError if one is no text."""
+    """The documents of a file, or of all *.txt files in a folder, none empty: a list of str. Raises ValueError if there
+    are none, OSError for a file that cannot be read, has no end (a pipe, a device), or holds no UTF-8."""
     if not path.exists() or path == Path():
         raise ValueError(f"no file or folder {str(path)!r}: name a text to train on")
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    # As Windows writes it, a text may begin with a mark and end its lines with two characters.
+    files = sorted(file for file in path.rglob("*.txt") if not file.is_dir()) if path.is_dir() else [path]
+    for file in files:
+        check_regular(file)
+    # A text written on Windows may begin with a byte order mark, and end its lines with "\r\n".
     texts = [read_text(file).removeprefix("\ufeff").replace("\r\n", "\n") for file in files]
     documents = [document.strip("\n") for text in texts for document in text.split(END_OF_TEXT)]
     if not (documents := [document for document in documents if document.strip()]):
@@ -65,8 +76,8 @@ def read_documents(path):
 
 
 def split(documents, share, seed):
-    """(training, validation): whole documents, drawn by the seed. One document alone is cut in two, at a line's end if
-    one is near. Raises ValueError if either would be empty."""
+    """(training, validation), two lists of whole documents, chosen at random by the seed. If there is only one
+    document, it is cut in two, at the end of a line if one is near. Raises ValueError if either would be empty."""
     if len(documents) == 1:
         text, cut = documents[0], round(len(documents[0]) * (1 - share))
         cut = text.find("\n", cut, (cut + len(text)) // 2) + 1 or cut
@@ -85,20 +96,12 @@ def split(documents, share, seed):
 
 
 def learn(documents, n_vocab):
-    """A byte-level BPE of n_vocab tokens -> the texts of (encoder.json, vocab.bpe), as OpenAI has them: 256 bytes in
-    GPT-2's order, what merges make of them, <|endoftext|> last. Raises ValueError if the text gives fewer."""
-    try:
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    except ModuleNotFoundError:
-        raise ValueError("a tokenizer is learned with tokenizers: python3 -m pip install tokenizers") from None
+    """Learns a byte-level BPE of n_vocab tokens -> the texts of (encoder.json, vocab.bpe) in OpenAI's layout: the 256
+    bytes in GPT-2's order, then the tokens that merges make, <|endoftext|> last. Raises ValueError if the text has too
+    few pairs to merge."""
     if not len(SPELL) + 1 <= n_vocab <= 65536:
         raise ValueError(f"--n_vocab {n_vocab} is out of range: 257 (bytes, {END_OF_TEXT}) to 65536 (two bytes an id)")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # which splits as encoder.PIECES does
-    alphabet = list(SPELL.values())
-    trainer = trainers.BpeTrainer(vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(documents, trainer)
-    merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+    merges = [] if n_vocab == len(SPELL) + 1 else learn_merges(documents, n_vocab - 1)
     spellings = list(dict.fromkeys([*SPELL.values(), *("".join(merge) for merge in merges), END_OF_TEXT]))
     if len(spellings) < n_vocab:
         raise ValueError(f"--n_vocab {n_vocab} is more than this text can give: {len(spellings)} at most")
@@ -107,8 +110,26 @@ def learn(documents, n_vocab):
     return json.dumps(ids, ensure_ascii=False), "\n".join(lines) + "\n"
 
 
+def learn_merges(documents, n_tokens):
+    """The pairs to merge, the most frequent first, until there are n_tokens tokens: the 256 bytes and what each merge
+    makes (Sennrich et al. 2016, section 3.2)."""
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    except ModuleNotFoundError:
+        raise ValueError(
+            "merges are learned with tokenizers: python3 -m pip install tokenizers, or train on bytes: --n_vocab 257"
+        ) from None
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits as encoder.PIECES does
+    alphabet = list(SPELL.values())
+    trainer = trainers.BpeTrainer(vocab_size=n_tokens, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(documents, trainer)
+    return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
 def write(out, parts, tokenizer):
-    """Fills the folder `out`; `tokenizer` is what `learn` returned, or a folder."""
+    """Writes the tokenizer and the ids of `parts`, {"train", "validation": documents}, into the folder `out`.
+    `tokenizer` is what `learn` returned, or the folder of a model."""
     if isinstance(tokenizer, Path):
         save_tokenizer(tokenizer, out, ["tf"])
     else:
@@ -118,7 +139,7 @@ def write(out, parts, tokenizer):
     if len(encoder.ids) > 65536:
         raise ValueError(f"{tokenizer} has {len(encoder.ids)} tokens: two bytes an id are enough for 65536")
     if encoder.end_of_text is None:
-        print(f"this tokenizer has no {END_OF_TEXT}: nothing will stand between documents", file=sys.stderr)
+        print(f"this tokenizer has no {END_OF_TEXT}: documents will follow each other unmarked", file=sys.stderr)
     for name, documents in parts.items():
         ids = tokenize(documents, encoder)
         with replacing(out / f"{name}.bin") as part:
@@ -137,10 +158,10 @@ def tokenize(documents, encoder):
 
 
 def load(folder, n_ctx):
-    """(encoder, {"train", "validation": ids}) from a folder made by main; the ids [n] are mapped. Raises
-    ValueError for a context that is longer than the text, OSError for files that are damaged."""
+    """(encoder, {"train", "validation": ids}) from a folder made by main; the ids, [n] uint16, are memory-mapped.
+    Raises ValueError for a context longer than the text, OSError for files that are damaged."""
     folder = Path(folder)
-    if not all((folder / f"{name}.bin").exists() for name in PARTS):
+    if not all((folder / f"{name}.bin").is_file() for name in PARTS):
         raise ValueError(f"{str(folder)!r} has no train.bin and validation.bin: python -m training.data makes them")
     for name in PARTS:
         if (n_bytes := (folder / f"{name}.bin").stat().st_size) < 4 or n_bytes % 2:
@@ -158,15 +179,15 @@ def load(folder, n_ctx):
 
 
 def draw(ids, n_ctx, n_rows, seed, step):
-    """The batch of a step: windows [n_rows, n_ctx + 1] from anywhere in ids. Made of its arguments alone, so a run that
-    was interrupted goes on with the very batches it would have had."""
+    """The batch of a step: n_rows windows of n_ctx + 1 ids from random places, [n_rows, n_ctx + 1]. It depends on the
+    arguments alone, so a run that is resumed continues with the batches that it would have had."""
     starts = np.random.default_rng((seed, step)).integers(0, len(ids) - n_ctx, n_rows)
     return np.stack([ids[i : i + n_ctx + 1] for i in starts]).astype(np.int32)
 
 
 def consecutive(ids, n_ctx, n_most):
-    """Windows side by side, [n_rows, n_ctx + 1], each beginning with the id that the one before ended with: no id is
-    predicted twice. As many as fit into the text, or n_most spread over it. A short text is one short window."""
+    """Consecutive windows, [n_rows, n_ctx + 1]. Each begins with the last id of the one before, so each id is predicted
+    once. As many as fit into the text, or n_most spread over it. A short text is one short window."""
     n_ctx = min(n_ctx, len(ids) - 1)
     starts = np.arange(0, len(ids) - n_ctx, n_ctx)
     starts = starts[np.linspace(0, len(starts) - 1, min(len(starts), n_most)).astype(int)]

@@ -1,14 +1,20 @@
-"""How well does a model know a text? As numbers that can be compared: with another model's, and with published ones.
+"""Evaluation: the loss of a model on a text, as numbers that compare with those of other models and publications.
 
     python -m training.evaluate models/3M text.txt
 
-A model sees n_ctx tokens at most. A longer text is read through a window that moves on by `stride` tokens; each time
-only the predictions that the last window did not make count, and these had at least n_ctx - stride tokens to go by. A
-small stride gives lower losses, at a higher price. So a perplexity without its stride says little; and one per token
-says little of models with another tokenizer: bits per byte compare these.
+A model sees at most n_ctx tokens. A longer text is read through a window of that size, which moves on by `stride`
+tokens; of its predictions only those count that the window before did not make, so that each token counts once. All of
+them but those of the first window have at least n_ctx - stride tokens before them. A smaller stride gives the
+predictions more context, so usually a lower loss, and takes more time: publish a perplexity together with its stride.
+A perplexity is per token, so it compares only models with the same tokenizer. Bits per byte compare all.
 
 Jelinek et al. 1977 (perplexity); Graves 2013, "Generating Sequences With Recurrent Neural Networks", section 3 (bits).
 """
+
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
 
 import functools
 import json as json_library
@@ -24,12 +30,12 @@ import utils
 from gpt2 import gpt2
 from training import data
 from training.loss import perplexity, token_losses
-from weights.params import cast, find_dtype
+from weights.params import cast, find_dtype, why_not_finite
 
 
 def main(model: str = "", text: str = "", *, stride: int | None = None, backend: str = "numpy",
          dtype: str = "float32", models_dir: str = "", json: bool = False):  # fmt: skip
-    """The loss of a model on a text file, or on a folder of .txt files.
+    """Prints the loss of a model on a text file, or on a folder of .txt files.
 
     Args:
         model: 124M, 355M, 774M, 1558M, 3M or a model folder
@@ -54,7 +60,10 @@ def main(model: str = "", text: str = "", *, stride: int | None = None, backend:
         raise ValueError(f"{text}: {len(ids)} token is too short: the first one is not predicted")
     if backend != "numpy":
         print(device, file=sys.stderr)
-    nats = total_loss(cast(params, dtype), ids, hparams["n_ctx"], stride, hparams["n_head"], backend)
+    with np.errstate(all="ignore"):  # infinite weights are reported below, in one line
+        nats = total_loss(cast(params, dtype), ids, hparams["n_ctx"], stride, hparams["n_head"], backend)
+    if not math.isfinite(nats):
+        raise OSError(f"the loss of {model} on {text} is {nats}: {why_not_finite(params, dtype)}")
     found = report(nats, ids, encoder, stride)
     print(json_library.dumps(found) if json else table(found))
 
@@ -79,7 +88,8 @@ def total_loss(params, ids, n_ctx, stride, n_head, backend="numpy"):
     params = library.asarray(params)
     losses_of = library.jit(functools.partial(window_losses, n_head=n_head))
     for start, first, end in tqdm([*windows(len(ids), n_ctx, stride)], unit="window", disable=None):
-        window = np.zeros(n_ctx + 1, np.int32)  # padded at the end, where no token looks: one length, one program
+        # Padded to one length, as JAX compiles a program for each. No earlier token attends to the padding.
+        window = np.zeros(n_ctx + 1, np.int32)
         window[: end - start] = ids[start:end]
         losses = library.to_numpy(losses_of(params, window)).astype(np.float64)
         total += losses[first - start - 1 : end - start - 1].sum()
@@ -87,11 +97,13 @@ def total_loss(params, ids, n_ctx, stride, n_head, backend="numpy"):
 
 
 def window_losses(params, window, n_head):
+    """The loss of each id of a window but the first."""
     return token_losses(gpt2(window[:-1], **params, n_head=n_head), window[1:])  # [n_ctx + 1] -> [n_ctx]
 
 
 def report(nats, ids, encoder, stride):
-    """What --json prints. The bytes are those of the tokens that were predicted; <|endoftext|> is one without any."""
+    """What --json prints. The bytes are those of the predicted tokens; <|endoftext|> is counted as a token without
+    bytes."""
     n_bytes = sum(len(encoder.token_bytes(i)) for i in ids[1:] if i != encoder.end_of_text)
     n_tokens = len(ids) - 1
     return {
@@ -105,6 +117,7 @@ def report(nats, ids, encoder, stride):
 
 
 def table(found):
+    """What is printed without --json: a line for each figure."""
     rows = found | {"nats_per_byte": found["bits_per_byte"] * math.log(2)}
     return "\n".join(
         f"{name.replace('_', ' '):15}{value:>14{',' if isinstance(value, int) else ',.4f'}}"

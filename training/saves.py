@@ -1,14 +1,14 @@
-"""A run on disk, so that it can be interrupted at any moment: by Ctrl-C, by kill -9, by a power cut, by a full disk.
+"""The files of a training run, which survive an interruption at any moment: Ctrl-C, kill -9, power failure, full disk.
 
-    models/mine/training-400.npz       all that the next step depends on: params, optimizer state, the counters
+    models/mine/training-400.npz       all that the next step depends on: the state of optimizer.py and the counters
     models/mine/model.ckpt-400.*       the model with the lowest validation loss so far, in OpenAI's layout
-    models/mine/checkpoint             which of these is the one to load
-    models/mine/model.safetensors      the same model, in Hugging Face's
+    models/mine/checkpoint             the name of the checkpoint to load
+    models/mine/model.safetensors      the same model, in Hugging Face's layout
     models/mine/metrics.jsonl          a line for each step and each evaluation
 
-Batches and dropout are functions of the seed and the number of the step (data.draw, jax.random.fold_in), so the two are
-the state of chance and the place in the data. A file gets its name when it is whole (weights.files.replacing). The
-training file comes last: if it is there, so is the model that belongs to it. The last two of each stay.
+Batches and dropout masks are functions of the seed and the number of the step (data.draw, model.dropout_keys), so no
+state of a random generator has to be saved. A file gets its name when it is complete (weights.files.replacing). The
+training file is written last: if it exists, so does the model that belongs to it. The last two of each are kept.
 """
 
 import json
@@ -20,18 +20,27 @@ import numpy as np
 
 from utils import save_model
 from weights.files import replacing, write_text
+from weights.params import flatten
 
 
-def save_run(folder, step, leaves, counters):
-    """Saves a run: `leaves`, the arrays of its state, and `counters`, what JSON can hold. Keeps the last two."""
+def save_run(folder, step, state, counters):
+    """Saves a run after `step` steps: `state`, a tree of NumPy arrays, and `counters`, what JSON can hold. Deletes all
+    but the last two."""
+    arrays = {array_name(path): array for path, array in flatten(state).items()}
     with replacing(Path(folder) / f"training-{step}.npz") as part, open(part, "wb") as file:
-        np.savez(file, counters=json.dumps(counters), **{str(i): leaf for i, leaf in enumerate(leaves)})
+        np.savez(file, counters=json.dumps(counters), **arrays)
     for old in saved_steps(folder)[:-2]:
         (Path(folder) / f"training-{old}.npz").unlink()
 
 
+def array_name(path):
+    """The name of an array in the file: ("mean", "blocks", 0, "ln_1", "g") -> "mean.blocks.0.ln_1.g" """
+    return ".".join(map(str, path))
+
+
 def save_best(folder, step, hparams, params):
-    """Writes the model that `folder` is loaded as from now on. The one before it stays: somebody may be reading."""
+    """Writes the model that `folder` is loaded as from now on. The one before it is kept: another process may be
+    loading it."""
     save_model(folder, hparams, params, name=f"model.ckpt-{step}")
     found = {int(match[1]) for path in Path(folder).iterdir() if (match := re.search(r"\.ckpt-(\d+)\.", path.name))}
     for old in sorted(found - {step})[:-1]:
@@ -46,13 +55,15 @@ def saved_steps(folder):
 
 
 def load_run(folder):
-    """(leaves, counters) as they were saved last. Raises ValueError if nothing was, OSError if the file is damaged."""
+    """({array_name: array}, counters) of the last save. Raises ValueError if there is none, OSError if the file is
+    damaged."""
     if not (steps := saved_steps(folder)):
         raise ValueError(f"{folder} has no run to resume: leave out --resume to start one")
     path = Path(folder) / f"training-{steps[-1]}.npz"
     try:
         with np.load(path) as file:
-            return [file[str(i)] for i in range(len(file.files) - 1)], json.loads(str(file["counters"]))
+            arrays = {name: file[name] for name in file.files}
+        return arrays, json.loads(str(arrays.pop("counters")))
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise OSError(f"{path}: no saved run, or a damaged one ({error}); delete it to resume the one before") from None
 
@@ -61,24 +72,37 @@ def load_run(folder):
 
 
 def read_metrics(folder):
-    """The lines of metrics.jsonl, as dicts; one that was cut short by a kill is left out."""
-    found, path = [], Path(folder) / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
+    """The lines of metrics.jsonl, as dicts. The last one is left out if it has no end, as after a kill. Raises OSError
+    naming the file and the line for any other line that log of train.py cannot have written."""
+    path = Path(folder) / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
+
+
+def parse(line, place):
+    """A line of metrics.jsonl, such as {"step": 3, "tokens": 192, "loss": 6.1} -> dict. Raises OSError naming the
+    place."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):  # no JSON, or no UTF-8
+        found = None
+    if not isinstance(found, dict) or not {"step", "tokens"} <= found.keys() or not all(map(is_number, found.values())):
+        raise OSError(f"{place}: damaged, it is no object with step, tokens and losses; delete the line to go on")
     return found
 
 
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
 def rewind_metrics(folder, step):
-    """Takes back the lines about steps after `step`: they will be done again."""
+    """Deletes the lines about steps after `step`, which will be done again."""
     lines = [json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step]
     write_text(Path(folder) / "metrics.jsonl", "".join(lines))
 
 
 def draw_losses(folder, path):
-    """The curves of metrics.jsonl as a picture: losses over steps, and over tokens along the top."""
+    """Draws the losses of metrics.jsonl over steps, with tokens along the top, into the file `path`."""
     import matplotlib
 
     matplotlib.use("Agg")

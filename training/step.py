@@ -1,96 +1,93 @@
-"""One step of training: a batch of text goes forward, the blame goes backward, each parameter moves a little.
+"""One step of training: from a batch of text and the current state to the state after it.
 
-    state, loss = step(state, batch, key)        state = (params, opt_state), donated
+The forward pass computes the loss of the batch. Backpropagation computes its gradient: how much the loss changes with
+each parameter, from the last operation to the first by the chain rule (`value_and_grad`; on NumPy that is
+backends/numpy_grad.py). AdamW moves the parameters a little against the gradient.
 
-Everything here is a function of its arguments. JAX follows them once with tracers and compiles the whole step.
+    state, loss = step(state, batch, n_done, rate)        state is optimizer.init_state(params); n_done steps precede
+
+Everything here is a function of its arguments. JAX compiles it; of its argument `state` only the result lives on.
 """
 
 import functools
 import math
 
-import jax
-import numpy as np
-import optax
+import numpy
 
+from backends import np
+from training import optimizer
 from training.loss import lm_loss, token_losses
-from training.model import dropout, forward
-from weights.params import param_shapes, unflatten
+from training.model import dropout, dropout_keys, forward
+from weights.params import find_dtype, param_shapes, tree_map, unflatten
 
 
 def init_params(hparams, seed):
-    """Fresh params, float32: weights normal with standard deviation 0.02, biases 0, gains 1. The projections that add
+    """Random params, float32: weights normal with standard deviation 0.02, biases 0, gains 1. The projections that add
     to the residual stream, two in each block, start smaller by 1/sqrt(2 n_layer), so that their sum does not grow with
     depth (Radford et al. 2019, section 2.3)."""
-    rng = np.random.default_rng(seed)
+    rng = numpy.random.default_rng(seed)
 
     def init(path, shape):
         if len(shape) == 1:
-            return np.full(shape, path[-1] == "g", np.float32)
+            return numpy.full(shape, path[-1] == "g", numpy.float32)
         scale = 0.02 / (math.sqrt(2 * hparams["n_layer"]) if "c_proj" in path else 1)
-        return rng.normal(scale=scale, size=shape).astype(np.float32)
+        return rng.normal(scale=scale, size=shape).astype(numpy.float32)
 
     return unflatten({path: init(path, shape) for path, shape in param_shapes(**hparams).items()})
 
 
-def learning_rate(peak, n_warmup, n_steps):
-    """A function of the number of steps done: up to the peak in a straight line, then down along half a cosine, to a
-    twentieth of it at the end (Loshchilov & Hutter 2017, "SGDR")."""
-    n_warmup = min(n_warmup, n_steps)
-    cosine = optax.cosine_decay_schedule(peak, max(n_steps - n_warmup, 1), alpha=0.05)
-    warmup = optax.linear_schedule(peak / (n_warmup + 1), peak, max(n_warmup, 1))
-    return optax.join_schedules([warmup, cosine], [n_warmup])
+def make_loss(library, n_head, dropout_rate=0.0, dtype="float32"):
+    """The function that training differentiates: (params, rows [n, n_ctx + 1], keys [n, 1]) -> the mean loss of n rows
+    of a batch, under dropout with these keys.
 
-
-def make_optimizer(schedule, weight_decay, beta2, clip):
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) on gradients whose norm, over all parameters together, is at most
-    `clip`. Matrices decay; biases and gains, which have one axis, do not."""
-    matrices = functools.partial(jax.tree.map, lambda array: array.ndim > 1)
-    adamw = optax.adamw(schedule, b1=0.9, b2=beta2, weight_decay=weight_decay, mask=matrices)
-    return optax.chain(optax.clip_by_global_norm(clip), adamw)
-
-
-def make_step(optimizer, n_head, n_rows, dropout_rate=0.0, dtype="float32"):
-    """The compiled step. A batch, [n_batch, n_ctx + 1], goes through the model n_rows at a time and the gradients are
-    added up: the same result as all at once, in less memory. A CPU, whose cache few rows fit, is sooner done with it.
-
-    With dtype bfloat16 the layers compute in it; params, gradients and sums stay float32.
+    With dtype bfloat16 the layers compute in bfloat16, which is faster on a GPU, from float32 params (master weights):
+    a step often changes a parameter by less than 1/256 of it, and bfloat16 would round such a change away.
     """
+    dtype = find_dtype(dtype)
 
     def row_loss(params, row, key):
-        params = jax.tree.map(lambda array: array.astype(dtype), params)
+        params = tree_map(lambda array: array.astype(dtype), params)
         logits = forward(params, row[:-1], n_head, dropout(dropout_rate, key))
-        return token_losses(logits, row[1:]).mean()
+        return np.mean(token_losses(logits, row[1:]))
 
-    def loss_of(params, rows, keys):
-        return jax.vmap(row_loss, in_axes=(None, 0, 0))(params, rows, keys).sum()
+    return lambda params, rows, keys: np.mean(library.vmap(row_loss, in_axes=(None, 0, 0))(params, rows, keys))
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, batch, key):
-        params, opt_state = state
-        rows = batch.reshape(-1, n_rows, batch.shape[1])  # [n_batch, n_ctx + 1] -> [..., n_rows, n_ctx + 1]
-        keys = jax.random.split(key, rows.shape[:2])
 
-        def add(total, part):
-            return jax.tree.map(jax.numpy.add, total, jax.value_and_grad(loss_of)(params, *part)), None
+def make_step(library, loss_of, micro_batch_size, seed=0, clip=1.0, **adamw_settings):
+    """The step on the backend `library`, with the loss of make_loss. Its batch is [n_batch, n_ctx + 1] ids.
 
-        nothing = (jax.numpy.zeros(()), jax.tree.map(jax.numpy.zeros_like, params))
-        total, _ = jax.lax.scan(add, nothing, (rows, keys))
-        loss, gradients = jax.tree.map(lambda array: array / len(batch), total)
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss
+    The batch passes through the model in micro-batches, and their gradients are added up: the same result as all at
+    once, but the memory for the activations of one micro-batch is enough (gradient accumulation). On a CPU it is also
+    faster, because the activations of few rows fit into its cache.
+    """
+
+    gradient_of = library.value_and_grad(loss_of)
+
+    @functools.partial(library.jit, donate_argnums=0)
+    def step(state, batch, n_done, rate):
+        def accumulate(total, part):
+            loss, gradients = gradient_of(state["params"], *part)
+            return tree_map(lambda a, b: a + b, total, gradients), loss
+
+        keys = dropout_keys(seed, n_done, len(batch))
+        parts = [array.reshape(-1, micro_batch_size, array.shape[-1]) for array in (batch, keys)]
+        total, losses = library.scan(accumulate, tree_map(np.zeros_like, state["params"]), parts)
+        gradients = optimizer.clip_by_global_norm(tree_map(lambda g: g / len(losses), total), clip)
+        return optimizer.adamw(state, gradients, n_done, rate, **adamw_settings), np.mean(losses)
 
     return step
 
 
-@functools.lru_cache
-def batch_losses(n_head):
-    """The compiled lm_loss of each row of a batch: (params, [n_batch, n]) -> [n_batch]."""
-    return jax.jit(jax.vmap(functools.partial(lm_loss, n_head=n_head), in_axes=(None, 0)))
+def make_mean_loss(library, n_head, micro_batch_size):
+    """A function (params, windows [n_windows, n]) -> the mean of lm_loss over the windows, without dropout, a float."""
+    losses_of = library.jit(library.vmap(functools.partial(lm_loss, n_head=n_head), in_axes=(None, 0)))
 
+    def mean_loss(params, windows):
+        # Rows are repeated to fill the last micro-batch: JAX would compile another program for another length.
+        missing = -len(windows) % micro_batch_size
+        rows = numpy.concatenate([windows, numpy.repeat(windows[:1], missing, 0)])
+        parts = rows.reshape(-1, micro_batch_size, windows.shape[1])  # [..., n] -> [n_parts, micro_batch_size, n]
+        losses = numpy.concatenate([library.to_numpy(losses_of(params, part)) for part in parts])
+        return float(losses[: len(windows)].mean(dtype=numpy.float64))
 
-def mean_loss(params, windows, n_head, n_rows):
-    """The mean of lm_loss over windows, [n_windows, n], n_rows at a time, without dropout. A number."""
-    short = -len(windows) % n_rows  # the last batch is filled up: another length would be another program
-    rows = np.concatenate([windows, np.repeat(windows[:1], short, 0)]).reshape(-1, n_rows, windows.shape[1])
-    losses = np.concatenate([batch_losses(n_head)(params, batch) for batch in rows])
-    return float(losses[: len(windows)].mean(dtype=np.float64))
+    return mean_loss

@@ -53,6 +53,12 @@ def not_finite(params):
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}"
 
 
+def why_not_finite(params, dtype):
+    """Why a model computes NaN or infinity, as text."""
+    names = not_finite(params)
+    return f"NaN or infinity in {names}" if names else f"{dtype} overflows: try --dtype float64"
+
+
 # ---- Trees ----
 
 

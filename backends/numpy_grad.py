@@ -1,0 +1,223 @@
+"""Gradients in NumPy, by reverse mode (backpropagation): arrays that remember how they were computed.
+
+The chain rule. If the loss L depends on x only through y = f(x), then
+
+    dL/dx = dL/dy * dy/dx
+
+and if it depends on x in several ways, through several y, their contributions are added.
+
+So one walk from the last operation back to the first gives the gradient by everything: dL/dy is known before dL/dx is
+asked for. value_and_grad(f) calls f with tracers. Each operation on them computes its result y and appends an entry to
+a list, the tape: where its inputs are, and for each input x the function from dL/dy to dL/dx. `backward` walks the tape
+from its end. The table RULES at the end of this file says what these functions are, with a formula for each operation.
+
+Griewank & Walther 2008, "Evaluating Derivatives", chapter 3.
+"""
+
+import numpy
+from numpy.lib.array_utils import normalize_axis_tuple
+
+from backends import np, update
+from backends.numpy_levels import PLAIN, Tracer, call, map_args, new_level
+from weights.params import tree_map
+
+
+def value_and_grad(f):
+    """f(params, ...) -> (f's value, its gradient: a tree like params, each leaf of its shape and dtype).
+
+    Raises TypeError for params that are not floats and for a value that is not one float; NotImplementedError for an
+    operation without a rule.
+    """
+
+    def value_and_gradient(params, *args, **kwargs):
+        level, tape, leaves = new_level(), [], []
+
+        def trace(leaf):
+            check_float(leaf, "params")
+            leaves.append(leaf)
+            tape.append([])
+            return GradTracer(level, numpy.asarray(leaf) if isinstance(leaf, float) else leaf, tape)
+
+        loss = f(tree_map(trace, params), *args, **kwargs)
+        check_float(loss, "the value of f")
+        if numpy.shape(loss) != ():
+            raise TypeError(f"value_and_grad: the value of f must be one number, not of shape {numpy.shape(loss)}")
+        gradients = {}
+        if isinstance(loss, GradTracer) and loss.level == level:
+            gradients[loss.place], loss = np.ones_like(loss.value), loss.value
+        backward(tape, len(leaves), gradients)
+        places = iter(range(len(leaves)))
+        return loss, tree_map(lambda leaf: np.copy(gradients.pop(next(places), np.zeros_like(leaf))), params)
+
+    return value_and_gradient
+
+
+def check_float(x, what):
+    dtype = getattr(x, "dtype", numpy.dtype(type(x)))
+    if dtype.kind not in FLOATS:
+        raise TypeError(f"value_and_grad: {what} must be floats, not {dtype}: only they have a gradient")
+
+
+def backward(tape, n_leaves, gradients):
+    """Walks from the end of the tape to its first n_leaves entries, those of params.
+
+    gradients is {place on the tape: dL/d(the array there)}, of the loss before and of params after. An entry, with the
+    arrays that its functions hold, is freed once it has been used.
+    """
+    while len(tape) > n_leaves:
+        inputs, dL_dy = tape.pop(), gradients.pop(len(tape), None)
+        for place, dL_dx_from, shape, dtype in inputs if dL_dy is not None else ():
+            dL_dx = fit(dL_dx_from(dL_dy), shape, dtype)
+            gradients[place] = gradients[place] + dL_dx if place in gradients else dL_dx
+
+
+def fit(g, shape, dtype):
+    """The gradient by an x of this shape that was broadcast: the sum over all copies of each number."""
+    new = g.ndim - len(shape)
+    repeated = [i for i, n in enumerate(g.shape) if i < new or n != shape[i - new]]
+    g = np.sum(g, axis=tuple(repeated)).reshape(shape) if repeated else g
+    return g if g.dtype == dtype else g.astype(dtype)
+
+
+class GradTracer(Tracer):
+    """An array, value, that was computed from params, and its place on the tape."""
+
+    __slots__ = ("place", "tape")
+
+    def __init__(self, level, value, tape):
+        self.level, self.value, self.tape, self.place = level, value, tape, len(tape) - 1
+
+    @property
+    def shape(self):
+        return self.value.shape
+
+    def apply(self, name, args, kwargs):
+        def ours(x):
+            return isinstance(x, GradTracer) and x.level == self.level
+
+        values = map_args(lambda x: x.value if ours(x) else x, args)
+        if name == "update":  # may not write to an array that a function on the tape holds
+            values = (np.copy(values[0]), *values[1:])
+        if name not in RULES and name not in CONSTANT:
+            raise NotImplementedError(f"value_and_grad on NumPy has no rule for {name}: add one in numpy_grad.py")
+        y = call(name, *values, **kwargs)
+        if name in CONSTANT or y.dtype.kind not in FLOATS:
+            return y
+        inputs = args[0] if isinstance(args[0], (list, tuple)) else args
+        functions = RULES[name](y, *values, **kwargs)
+        self.tape.append([(x.place, f, x.shape, x.dtype) for x, f in zip(inputs, functions, strict=False) if ours(x)])
+        return GradTracer(self.level, y, self.tape)
+
+
+# ---- The rules. From y and the inputs: for each input x the function g -> dL/dx, where g is dL/dy. ----
+#
+# A function holds on to those arrays only that it names, and where x was broadcast, `fit` adds up.
+
+
+def kept(g, axis, shape):
+    """g, which has lost the axes that an array of `shape` was reduced over, with these as axes of length 1."""
+    axes = range(len(shape)) if axis is None else normalize_axis_tuple(axis, len(shape))
+    return np.reshape(g, [1 if i in axes else n for i, n in enumerate(shape)])
+
+
+def extreme(y, x, axis=None, keepdims=False):
+    """max and min: the gradient goes where the extreme is, in equal parts where it is several times."""
+    hit = x == kept(y, axis, x.shape)
+    n = np.sum(hit, axis=axis, keepdims=True).astype(x.dtype)
+    return [lambda g: np.where(hit, kept(g, axis, hit.shape) / n, 0)]
+
+
+def larger(g, a, b):
+    return np.where(a > b, g, np.where(a == b, g / 2, 0))
+
+
+def cumsum(y, x, axis=None):
+    i = 0 if axis is None else axis
+    return [lambda g, shape=x.shape: np.flip(np.cumsum(np.flip(g, i), axis=i), i).reshape(shape)]
+
+
+def sort(y, x, axis=-1):
+    back = np.argsort(np.argsort(x, axis=axis, stable=True), axis=axis)
+    return [lambda g: np.take_along_axis(g, back, axis)]
+
+
+def transpose(y, x, axes=None):
+    back = None if axes is None else numpy.argsort([axis % x.ndim for axis in axes]).tolist()
+    return [lambda g: np.transpose(g, back)]
+
+
+def concatenate(y, arrays, axis=0):
+    lengths = [x.shape[axis] for x in arrays]
+    before, ends = (slice(None),) * (axis % y.ndim), numpy.cumsum(lengths).tolist()
+    return [lambda g, part=slice(end - n, end): g[(*before, part)] for n, end in zip(lengths, ends, strict=True)]
+
+
+def written(y, buffer, new, start):
+    """update: what was overwritten has no effect, what was written has that of its place."""
+    columns = [numpy.arange(n).reshape(-1, *[1] * (len(start) - 1 - i)) for i, n in enumerate(new.shape)]
+    place = tuple(i + column for i, column in zip(start, columns, strict=True))
+    nothing = np.zeros_like(new)
+    return [lambda g: update(np.copy(g), nothing, start), lambda g: call("getitem", g, place)]
+
+
+def scatter(x, index, shape):
+    """Zeros of `shape` with x added at `index`, as often as a place occurs there."""
+    total = numpy.zeros(shape, x.dtype)
+    parts = index if isinstance(index, tuple) else (index,)
+    if all(isinstance(part, (int, slice, type(None), type(...))) for part in parts):  # no place occurs twice
+        total[index] = x
+    else:
+        numpy.add.at(total, index, x)
+    return total
+
+
+PLAIN["scatter"] = scatter
+RULES = {
+    "add": lambda y, a, b: [lambda g: g, lambda g: g],  # d(a + b) = da + db
+    "subtract": lambda y, a, b: [lambda g: g, lambda g: -g],  # d(a - b) = da - db
+    "multiply": lambda y, a, b: [lambda g: g * b, lambda g: g * a],  # d(a * b) = b da + a db
+    "divide": lambda y, a, b: [lambda g: g / b, lambda g: g * y / -b],  # d(a / b) = da / b - a / b^2 db
+    "power": lambda y, a, b: [  # d(a^b) = b a^(b-1) da + a^b log(a) db; b = 0 gives 0 for a = 0 too
+        lambda g: g * (b * a ** (b - (b != 0))),
+        lambda g: g * (y * np.log(a)),
+    ],
+    "negative": lambda y, x: [lambda g: -g],  # d(-x) = -dx
+    "absolute": lambda y, x: [lambda g: g * np.sign(x)],  # d|x| = sign(x) dx
+    "square": lambda y, x: [lambda g: g * 2 * x],  # d(x^2) = 2 x dx
+    "sqrt": lambda y, x: [lambda g: g * 0.5 / y],  # d sqrt(x) = dx / (2 sqrt(x))
+    "exp": lambda y, x: [lambda g: g * y],  # d exp(x) = exp(x) dx
+    "log": lambda y, x: [lambda g: g / x],  # d log(x) = dx / x
+    "tanh": lambda y, x: [lambda g: g * (1 - y * y)],  # d tanh(x) = (1 - tanh(x)^2) dx
+    "sin": lambda y, x: [lambda g: g * np.cos(x)],
+    "cos": lambda y, x: [lambda g: -g * np.sin(x)],
+    # The smaller of two has no effect; equals share. np.where, not a product with 0: 0 * inf would be NaN.
+    "maximum": lambda y, a, b: [lambda g: larger(g, a, b), lambda g: larger(g, b, a)],
+    "minimum": lambda y, a, b: [lambda g: larger(g, b, a), lambda g: larger(g, a, b)],
+    "where": lambda y, c, a, b: [None, lambda g: np.where(c, g, 0), lambda g: np.where(c, 0, g)],
+    "matmul": lambda y, a, b: [lambda g: g @ b.mT, lambda g: a.mT @ g],  # d(A B) = dA B + A dB
+    # Sums: each term has the effect of the sum. What only moves numbers: g moves back.
+    "sum": lambda y, x, axis=None, keepdims=False: [
+        lambda g, shape=x.shape: np.broadcast_to(kept(g, axis, shape), shape),
+    ],
+    "max": extreme,
+    "min": extreme,
+    "cumsum": cumsum,
+    "sort": sort,
+    "flip": lambda y, x, axis=None: [lambda g: np.flip(g, axis)],
+    "reshape": lambda y, x, _: [lambda g, shape=x.shape: g.reshape(shape)],
+    "swapaxes": lambda y, x, i, j: [lambda g: g.swapaxes(i, j)],
+    "transpose": transpose,
+    "concatenate": concatenate,
+    "broadcast_to": lambda y, x, _: [lambda g: g],
+    "copy": lambda y, x: [lambda g: g],
+    "astype": lambda y, x, _: [lambda g: g],
+    "getitem": lambda y, x, index: [lambda g, shape=x.shape: call("scatter", g, index, shape)],  # repeated rows add up
+    "scatter": lambda y, x, index, _: [lambda g: call("getitem", g, index)],
+    "update": written,
+}
+RULES["abs"] = RULES["absolute"]
+STEPS = """
+less less_equal greater greater_equal equal not_equal isnan isinf isfinite isin searchsorted argmax argmin argsort
+any all sign floor ceil floor_divide logical_and logical_or logical_not zeros_like ones_like"""
+CONSTANT = set(STEPS.split())  # nothing flows back through these: between their jumps their values do not change
+FLOATS = "fV"  # the kinds of dtypes that have a gradient; V is bfloat16's
