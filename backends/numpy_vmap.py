@@ -107,9 +107,9 @@ class BatchTracer(Tracer):
 
     def apply_layer(self, wrapped, layer, args, kwargs):
         """A layer of [..., n] arrays takes the batch axis for one more of the `...`: for all rows it is one call, not a
-        rule for each of its operations. That is so unless its other arguments have a batch axis too."""
-        others = [x for x in (*args, *kwargs.values()) if isinstance(x, BatchTracer) and x.level == self.level]
-        if not self.batched or any(x.batched for x in others):
+        rule for each of its operations. Unless its other arguments have a batch axis too, or a higher level."""
+        others = [x for x in (*args, *kwargs.values()) if isinstance(x, Tracer) and x.level >= self.level]
+        if not self.batched or any(x.level > self.level or x.batched for x in others):
             return layer(self, *args, **kwargs)
         values = tree_map(lambda x: x.value if any(x is other for other in others) else x, (args, kwargs))
         return BatchTracer(self.level, wrapped(self.value, *values[0], **values[1]), True)
