@@ -82,8 +82,9 @@ def keeps_dtype(layer=None, *, compute=None):
 
     @functools.wraps(layer)
     def wrapped(x, *args, **kwargs):
-        if compute and hasattr(x, "apply_layer"):  # all rows of a batch at once: see numpy_vmap.py
-            return x.apply_layer(wrapped, layer, args, kwargs)
+        # A tracer of numpy_vmap.py or numpy_grad.py may know a way to do a whole layer at once.
+        if compute and hasattr(x, "apply_layer") and (y := x.apply_layer(wrapped, args, kwargs)) is not None:
+            return y
         if x.dtype.itemsize != 2:
             return layer(x, *args, **kwargs)
         return layer(x if compute is None else x.astype(compute), *args, **kwargs).astype(x.dtype)

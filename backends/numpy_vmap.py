@@ -105,14 +105,14 @@ class BatchTracer(Tracer):
             raise NotImplementedError(f"vmap on NumPy has no rule for {name}: add one to RULES in numpy_vmap.py")
         return BatchTracer(level, RULES[name](f, *args, **kwargs), True)
 
-    def apply_layer(self, wrapped, layer, args, kwargs):
+    def apply_layer(self, layer, args, kwargs):
         """A layer of [..., n] arrays accepts any number of leading axes, so it is called once, with the batch axis in
-        front. If another argument has a batch axis too, its operations go through the rules one by one."""
-        others = [x for x in (*args, *kwargs.values()) if isinstance(x, BatchTracer) and x.level == self.level]
-        if not self.batched or any(x.batched for x in others):
-            return layer(self, *args, **kwargs)
+        front. Returns None if another argument has a batch axis too, or a higher level: then the rules compute it."""
+        others = [x for x in (*args, *kwargs.values()) if isinstance(x, Tracer) and x.level >= self.level]
+        if not self.batched or any(x.level > self.level or x.batched for x in others):
+            return None
         values = tree_map(lambda x: x.value if any(x is other for other in others) else x, (args, kwargs))
-        return BatchTracer(self.level, wrapped(self.value, *values[0], **values[1]), True)
+        return BatchTracer(self.level, layer(self.value, *values[0], **values[1]), True)
 
 
 class Rows:
