@@ -82,7 +82,7 @@ class Encoder:
         self.ids = ids
         self.spellings = {i: spelling for spelling, i in ids.items()}
         self.n_vocab = max(self.spellings, default=-1) + 1
-        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.ranks = dict(zip(merges, range(len(merges)), strict=True))
         self.end_of_text = ids.get(END_OF_TEXT)
         # Text repeats its words, so the last 65,536 different pieces are remembered.
         self._cached_encode_piece = functools.lru_cache(maxsize=2**16)(self._encode_piece)
@@ -178,7 +178,8 @@ def get_encoder(model_size, models_dir):
     OSError naming the file that is missing or damaged."""
     file, ids, merges, added = read_tokenizer(Path(models_dir) / model_size)
     # The files spell ordinary tokens byte by byte; the tokens that were added later stand there as plain text.
-    ids = {spelling: i for spelling, i in ids.items() if spelling not in added}
+    for text in added:
+        ids.pop(text, None)
     ids |= {spell(text): i for text, i in added.items()}
     check_vocabulary(file, ids, merges, {*SPELL.values(), *map(spell, added)})
     return Encoder(ids, merges)

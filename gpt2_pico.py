@@ -59,10 +59,10 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
     inputs = first_ids(encoder, prompt)
     if (n_seq := len(inputs)) + n_tokens_to_generate > hparams["n_ctx"]:
         raise ValueError(f"prompt {n_seq} + {n_tokens_to_generate} new tokens > n_ctx {hparams['n_ctx']}")
+    params["wte"] = params["wte"][: encoder.n_vocab]  # further rows, if there are any, are of no token
     ids = generate(inputs, params, hparams["n_head"], n_tokens_to_generate)
     end_ids, stops = read_ending(folder, encoder, hparams)
-    n = next((n for n, i in enumerate(ids) if stops and i in end_ids), None)
-    print(encoder.decode(ids[:n]))
+    print(encoder.decode(ids[: next((n for n, i in enumerate(ids) if stops and i in end_ids), None)]))
 
 if __name__ == "__main__":
     cli.run(main, "gpt2_pico.py")

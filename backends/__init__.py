@@ -73,13 +73,16 @@ def keeps_dtype(layer=None, *, compute=None):
     """Decorates a layer: its result gets the dtype of its first argument. Only bfloat16 needs it.
 
     float32 and float64 keep their dtype by themselves. For bfloat16 NumPy answers in float32, so the result is rounded
-    back. compute="float32" also converts the argument first: bfloat16 has 8 significant bits, too few for long sums.
+    back. compute="float32" also converts the argument first: bfloat16 has 8 significant bits, too few for long sums. It
+    is for layers of [..., n] arrays, whose result has the same shape.
     """
     if layer is None:
         return functools.partial(keeps_dtype, compute=compute)
 
     @functools.wraps(layer)
     def wrapped(x, *args, **kwargs):
+        if compute and hasattr(x, "apply_layer"):  # all rows of a batch at once: see numpy_vmap.py
+            return x.apply_layer(wrapped, layer, args, kwargs)
         if x.dtype.itemsize != 2:
             return layer(x, *args, **kwargs)
         return layer(x if compute is None else x.astype(compute), *args, **kwargs).astype(x.dtype)

@@ -103,7 +103,8 @@ METHODS = ["sum", "mean", "max", "min", "any", "all", "argmax", "argmin", "cumsu
 OPERATORS = {"getitem": "getitem", "neg": "negative", "abs": "absolute", "invert": "invert", "lt": "less",
              "gt": "greater", "le": "less_equal", "ge": "greater_equal", "eq": "equal", "ne": "not_equal"}  # fmt: skip
 BINARY = {"add": "add", "sub": "subtract", "mul": "multiply", "truediv": "divide", "floordiv": "floor_divide",
-          "mod": "remainder", "pow": "power", "matmul": "matmul", "and": "bitwise_and", "or": "bitwise_or"}  # fmt: skip
+          "mod": "remainder", "pow": "power", "matmul": "matmul", "and": "bitwise_and", "or": "bitwise_or",
+          "xor": "bitwise_xor", "lshift": "left_shift", "rshift": "right_shift"}  # fmt: skip
 
 for _method, _name in [(name, name) for name in METHODS] + [(f"__{op}__", name) for op, name in OPERATORS.items()]:
     setattr(Tracer, _method, lambda *args, _name=_name, **kwargs: call(_name, *args, **kwargs))

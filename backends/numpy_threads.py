@@ -109,8 +109,17 @@ def max_threads():
 
 
 def set_threads(n):
+    set_to[0] = n
     for library, most in libraries():
         library.set_num_threads(min(n, most))
+
+
+def current():
+    """The number of threads that a matrix product has at the moment."""
+    return set_to[0] or max_threads()
+
+
+set_to = [None]  # the number that was set last
 
 
 @functools.cache

@@ -105,6 +105,15 @@ class BatchTracer(Tracer):
             raise NotImplementedError(f"vmap on NumPy has no rule for {name}: add one to RULES in numpy_vmap.py")
         return BatchTracer(level, RULES[name](f, *args, **kwargs), True)
 
+    def apply_layer(self, wrapped, layer, args, kwargs):
+        """A layer of [..., n] arrays takes the batch axis for one more of the `...`: for all rows it is one call, not a
+        rule for each of its operations. That is so unless its other arguments have a batch axis too."""
+        others = [x for x in (*args, *kwargs.values()) if isinstance(x, BatchTracer) and x.level == self.level]
+        if not self.batched or any(x.batched for x in others):
+            return layer(self, *args, **kwargs)
+        values = tree_map(lambda x: x.value if any(x is other for other in others) else x, (args, kwargs))
+        return BatchTracer(self.level, wrapped(self.value, *values[0], **values[1]), True)
+
 
 class Rows:
     """What a rule sees of an argument with the hidden axis: array is [n_batch, ...]. Others it sees as they are."""
@@ -275,7 +284,8 @@ def update(f, buffer, new, start):
 ELEMENTWISE = """
 add subtract multiply divide floor_divide remainder power maximum minimum where negative absolute abs sign square
 exp log sqrt tanh sin cos floor ceil less less_equal greater greater_equal equal not_equal isnan isinf isfinite
-logical_and logical_or logical_not bitwise_and bitwise_or invert copy zeros_like ones_like"""
+logical_and logical_or logical_not bitwise_and bitwise_or bitwise_xor invert left_shift right_shift copy zeros_like
+ones_like"""
 RULES = {
     **dict.fromkeys(ELEMENTWISE.split(), elementwise),
     **dict.fromkeys(["sum", "max", "min", "any", "all", "flip"], along),

@@ -5,11 +5,14 @@ if __name__ == "__main__":  # before the slow imports
 
     cli.leave_on_ctrl_c()
 
+import functools
 import inspect
-import json as json_library
 import sys
 import time
+from json import dumps
 from types import SimpleNamespace
+
+import numpy
 
 import backends
 import cli
@@ -45,25 +48,25 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         backend: numpy, or jax (compiled, and on an accelerator if there is one)
         dtype: float32, bfloat16 (half the memory, 2 to 3 digits) or float64
         prompt_file: a UTF-8 file with the prompt, - for stdin
-        temperature: 0 takes the likeliest token each time; above, the higher the more varied; 1: as the model is
+        temperature: 0: always the likeliest token; above 0 the text varies, more the higher it is; 1: as the model is
         top_k: draw from the k likeliest tokens only; 0: from all
         top_p: draw from the fewest tokens that have this probability together, above 0; 1: from all
-        min_p: draw from the tokens that are at least this share as likely as the likeliest, 0 to 1; 0: from all
+        min_p: draw from tokens with at least this fraction of the likeliest one's probability, 0 to 1; 0: from all
         seed: the same seed draws the same text, 0 or more; left out: another one each time
-        repetition_penalty: above 1, tokens that are there already become less likely; 0.01 to 100; 1: off
-        no_repeat_ngram_size: never write a sequence of so many tokens twice; 0: off
-        min_new_tokens: do not write <|endoftext|> before there are so many; 0: off
-        bad_words: a word not to write, with a space before it or without; may be given several times
-        stop: end where this text is written, and leave it out; may be given several times
+        repetition_penalty: above 1, tokens of the prompt and the new text become less likely; 0.01 to 100; 1: off
+        no_repeat_ngram_size: never repeat a sequence of this many tokens; 0: off
+        min_new_tokens: ban <|endoftext|> until there are this many new tokens; 0: off
+        bad_words: a word to ban, with and without a space before it; may be given several times
+        stop: end at this text, which is not printed; may be given several times
         stop_at_eos: end at <|endoftext|>; left out: as the model's folder says (OpenAI's do not)
         overflow: error, or slide: past n_ctx continue from the last n_ctx/2 tokens
-        num_samples: so many continuations of one prompt, 1 to 1024, the i-th (from 0) with seed + i
+        num_samples: the number of continuations of one prompt, 1 to 1024; the i-th (from 0) has seed + i
         batch: a prompt on each line of the prompt_file, all at once
-        num_beams: search the likeliest text with so many beams, up to 1024, not token by token; 1: off
+        num_beams: search for the likeliest text with this many beams, up to 1024; 1: off
         length_penalty: for beams, -10 to 10: above 0 favours long texts; 1: the mean log-probability
         early_stopping: for beams: false, true or never: when enough have ended (inference/beam.py)
         json: a JSON object a line: prompt, text, token_ids, log_probabilities (score), stop_reason, seconds
-        trace: show so many candidates for each token on stderr, up to 20; 0: off
+        trace: show this many candidates for each token on stderr, up to 20; 0: off
     """
     flags = SimpleNamespace(**locals())
     flags.stop, flags.bad_words = as_texts(stop), as_texts(bad_words)
@@ -72,82 +75,75 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
     device = backends.get(backend).setup(dtype)
     prompts = read_prompts(flags)
     tokenizer, model = models.load(model_size, models_dir, base_url, backend, dtype)
-    sequences = [make_sequence(flags, tokenizer, model, prompt, i) for i, prompt in enumerate(prompts)]
+    sequences = make_sequences(flags, tokenizer, model, prompts)
     if any(prompt.endswith(" ") for prompt in prompts):
         print("hint: a prompt ends in a space; tokens begin with theirs, so leave it away", file=sys.stderr)
     if backend != "numpy":
         print(device, file=sys.stderr)
-    show = show_beams if num_beams > 1 else show_batch if batch or num_samples > 1 else show_one
+    started = time.perf_counter()
     try:
-        show(flags, model, prompts, sequences)
+        with numpy.errstate(all="ignore"):  # what is not finite is reported below
+            results = (search if num_beams > 1 else sample)(flags, model, prompts, sequences)
     except FloatingPointError as error:
         raise OSError(f"{error}: {why_not_finite(model.params, dtype)}") from None
+    seconds = {"seconds": round(time.perf_counter() - started, 4)}
+    if json:
+        print("\n".join(dumps(result | seconds, ensure_ascii=False) for result in results))
+    else:
+        print("" if is_streamed(flags) else "\n---\n".join(result["text"] for result in results))
 
 
 def as_texts(texts):
-    """A flag that may be given several times, from Python: one text alone is one text, not its letters."""
+    """The values of a flag that may be given several times, as a list. A caller in Python may pass a single str."""
     return [texts] if isinstance(texts, str) else list(texts)
 
 
-# ---- Checks: each rule is (whether it is broken, the message) ----
+# ---- The rules for flags ----
 
 
 def check(flags):
-    """Raises ValueError for a value out of its range, and for a flag that another leaves without effect."""
-    for broken, message in (*ranges(flags), *conflicts(flags)):
+    """Raises ValueError for a value that is out of range, and for a flag that has no effect beside another."""
+    for broken, message in rules(flags):
         if broken:
             raise ValueError(message)
     sampling.check(sampling_params(flags))
 
 
-def ranges(flags):
-    """The rules for each flag by itself."""
-    stopping, url = flags.early_stopping, flags.base_url
-    yield not 1 <= flags.num_samples <= 1024, f"--num_samples {flags.num_samples} is out of range: 1 to 1024"
-    yield not 1 <= flags.num_beams <= 1024, f"--num_beams {flags.num_beams} is out of range: 1 (off) to 1024"
-    yield flags.trace > 20, f"--trace {flags.trace} is out of range: 0 (off) to 20 candidates"
-    yield flags.overflow not in ("error", "slide"), f"--overflow {flags.overflow!r}: choose error or slide"
+def rules(f):
+    """Yields (whether the flags break a rule, the message): first the rules for one flag, then those for several."""
+    yield not 1 <= f.num_samples <= 1024, f"--num_samples {f.num_samples} is out of range: 1 to 1024"
+    yield not 1 <= f.num_beams <= 1024, f"--num_beams {f.num_beams} is out of range: 1 (off) to 1024"
+    yield f.trace > 20, f"--trace {f.trace} is out of range: 0 (off) to 20 candidates"
+    yield f.overflow not in ("error", "slide"), f"--overflow {f.overflow!r}: choose error or slide"
+    stopping, url = f.early_stopping, f.base_url
     yield stopping.lower() not in STOPPING, f"--early_stopping {stopping!r}: choose false, true or never"
-    yield not -10 <= flags.length_penalty <= 10, f"--length_penalty {flags.length_penalty} is out of range: -10 to 10"
+    yield not -10 <= f.length_penalty <= 10, f"--length_penalty {f.length_penalty} is out of range: -10 to 10"
     yield url and not url.startswith(("http://", "https://")), f"--base_url {url!r} must begin with http:// or https://"
-    yield "" in flags.stop, "an empty --stop text would stop before the first token"
-    yield any(not word.strip() for word in flags.bad_words), "--bad_words is empty but for white space: name a word"
+    yield "" in f.stop, "an empty --stop text would stop before the first token"
+    yield any(not word.strip() for word in f.bad_words), "--bad_words is empty but for white space: name a word"
 
-
-def conflicts(flags):
-    """The rules for each flag beside the others."""
-    alone, beams, cold = flags.num_samples == 1 and not flags.batch, flags.num_beams > 1, flags.temperature == 0
-    sampled = [name for name in ("temperature", "top_k", "top_p", "min_p", "seed") if is_set(flags, name)][:1]
-    n_least, n_new = flags.min_new_tokens, flags.n_tokens_to_generate
+    is_set = {name for name, p in inspect.signature(main).parameters.items() if getattr(f, name) != p.default}
+    beams, cold, several = f.num_beams > 1, f.temperature == 0, f.batch or f.num_samples > 1
+    n_least, n_new = f.min_new_tokens, f.n_tokens_to_generate
     yield n_least > n_new, f"--min_new_tokens {n_least} is more than --n_tokens_to_generate {n_new}"
-    yield flags.batch and not flags.prompt_file, "--batch reads a prompt from each line of a --prompt_file: name one"
-    yield flags.batch and flags.num_samples > 1, "--num_samples is for one prompt, --batch for many: choose one"
-    yield beams and sampled, f"--num_beams never samples: leave out --{''.join(sampled)}"
-    yield beams and not alone, "--num_beams is for one prompt: leave out --batch and --num_samples"
-    yield beams and flags.stop, "--num_beams cannot end at a --stop text: leave it out"
+    yield f.batch and not f.prompt_file, "--batch reads a prompt from each line of a --prompt_file: name one"
+    yield f.batch and f.num_samples > 1, "--num_samples is for one prompt, --batch for many: choose one"
+    for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+        yield beams and name in is_set, f"--num_beams never samples: leave out --{name}"
+    yield beams and several, "--num_beams is for one prompt: leave out --batch and --num_samples"
+    yield beams and f.stop, "--num_beams cannot end at a --stop text: leave it out"
     for name in ("length_penalty", "early_stopping"):
-        yield not beams and is_set(flags, name), f"--{name} has no effect without --num_beams"
-    yield cold and flags.seed is not None, "--seed has no effect at --temperature 0: set --temperature too"
-    yield cold and flags.num_samples > 1, "--num_samples are all the same at --temperature 0: set --temperature too"
+        yield not beams and name in is_set, f"--{name} has no effect without --num_beams"
+    yield cold and f.seed is not None, "--seed has no effect at --temperature 0: set --temperature too"
+    yield cold and f.num_samples > 1, "--num_samples are all the same at --temperature 0: set --temperature too"
     for name in ("trace", "overflow"):
-        yield is_set(flags, name) and (beams or not alone), f"--{name} is for one text that is not searched by beams"
-
-
-def is_set(flags, name):
-    return getattr(flags, name) != inspect.signature(main).parameters[name].default
+        yield name in is_set and (beams or several), f"--{name} is for one text that is not searched by beams"
 
 
 # ---- From flags to sequences ----
 
 
-def sampling_params(flags, tokenizer=None, model=None):
-    """The SamplingParams of the flags; without a tokenizer, those that need none."""
-    of_model = {}
-    if tokenizer:
-        words = [word.strip() for word in flags.bad_words]
-        of_model["bad_words"] = tuple(tuple(tokenizer.encode(space + word)) for word in words for space in ("", " "))
-        of_model |= {"end_ids": model.end_ids}
-        of_model["banned"] = utils.ids_without_token(tokenizer, model.n_vocab, model.end_ids)
+def sampling_params(flags, **of_model):
     return sampling.SamplingParams(
         flags.temperature, flags.top_k, flags.top_p, flags.repetition_penalty, flags.min_new_tokens,
         min_p=flags.min_p, no_repeat_ngram_size=flags.no_repeat_ngram_size, **of_model,
@@ -155,7 +151,7 @@ def sampling_params(flags, tokenizer=None, model=None):
 
 
 def read_prompts(flags):
-    """The prompts, one for each text that is wanted. Piped stdin is the prompt if nothing else is."""
+    """The prompts, one for each sequence. Without a prompt and a --prompt_file, piped stdin is the prompt."""
     if flags.prompt and flags.prompt_file:
         raise ValueError("a prompt and --prompt_file are two prompts: give one")
     source = flags.prompt_file or ("-" if not flags.prompt and cli.stdin_is_piped() else "")
@@ -179,87 +175,71 @@ def read_prompt_file(path):
     return text.removeprefix(MARK).removesuffix("\n").removesuffix("\r")
 
 
-def make_sequence(flags, tokenizer, model, prompt, i):
-    """The Sequence for the i-th text. Raises ValueError if it does not fit into n_ctx and must."""
-    inputs = utils.first_ids(tokenizer, prompt)
-    if flags.overflow == "error":
-        try:
-            check_inputs(inputs, flags.n_tokens_to_generate, model.n_vocab, model.n_ctx)
-        except ValueError as error:
-            raise ValueError(f"line {i + 1}: {error}" if flags.batch else str(error)) from None
-    stop_at_eos = model.stop_at_eos if flags.stop_at_eos is None else flags.stop_at_eos
-    return Sequence(
-        tokenizer,
-        inputs,
-        flags.n_tokens_to_generate,
-        sampling_params(flags, tokenizer, model),
-        end_ids=model.end_ids if stop_at_eos else (),
-        stop=flags.stop,
-        seed=None if flags.seed is None else flags.seed + i,
-        keep_log_probabilities=flags.json,
-    )
+def make_sequences(flags, tokenizer, model, prompts):
+    """A Sequence for each prompt. Raises ValueError if one is too long for n_ctx, unless --overflow is slide."""
+    words = [space + word.strip() for word in flags.bad_words for space in ("", " ")]
+    params = sampling_params(
+        flags, bad_words=tuple(tuple(tokenizer.encode(word)) for word in words), end_ids=model.end_ids,
+        banned=utils.ids_without_token(tokenizer, model.n_vocab, model.end_ids),
+    )  # fmt: skip
+    stops = model.stop_at_eos if flags.stop_at_eos is None else flags.stop_at_eos
+    settings = {"end_ids": model.end_ids if stops else (), "stop": flags.stop, "keep_log_probabilities": flags.json}
+    sequences = []
+    for i, prompt in enumerate(prompts):
+        ids, n_new, seed = utils.first_ids(tokenizer, prompt), flags.n_tokens_to_generate, flags.seed
+        if flags.overflow == "error":
+            try:
+                check_inputs(ids, n_new, model.n_vocab, model.n_ctx)
+            except ValueError as error:
+                raise ValueError(f"line {i + 1}: {error}" if flags.batch else str(error)) from None
+        sequences.append(Sequence(tokenizer, ids, n_new, params, seed=None if seed is None else seed + i, **settings))
+    return sequences
 
 
-# ---- Output ----
+# ---- From sequences to text ----
 
 
-def show_one(flags, model, prompts, sequences):
-    """Prints the text as it is generated; at the end with --json, and with --trace, whose lines would stand in
-    between."""
-    started, at_end = time.perf_counter(), flags.json or flags.trace
-    (prompt,), (sequence,) = prompts, sequences
-    pieces = generate(model, sequence, slide_notice() if flags.overflow == "slide" else None)
-    for n_step, piece in enumerate(pieces, 1):
+def sample(flags, model, prompts, sequences):
+    """Generates all sequences. Returns what --json prints of each."""
+    if flags.batch or flags.num_samples > 1:
+        batching.generate_batch(model, sequences)
+    else:
+        stream(flags, model, *sequences)
+    return [
+        {"prompt": prompt, "text": sequence.text, "token_ids": sequence.new_ids,
+         "log_probabilities": sequence.log_probabilities, "stop_reason": sequence.finish_reason}
+        for prompt, sequence in zip(prompts, sequences, strict=True)
+    ]  # fmt: skip
+
+
+def is_streamed(flags):
+    """Whether the text is printed as it is generated. Lines of --trace would come in between."""
+    return not (flags.json or flags.trace or flags.batch or flags.num_samples > 1 or flags.num_beams > 1)
+
+
+def stream(flags, model, sequence):
+    """Generates one sequence. Prints the pieces of the text, or the lines of --trace, as they are generated."""
+    note = "the text has outgrown n_ctx: from here on the model sees the last part of it only"
+    notice = functools.cache(lambda: print(note, file=sys.stderr))  # cached, so it prints once
+    for n_step, piece in enumerate(generate(model, sequence, notice if flags.overflow == "slide" else None), 1):
         if flags.trace and sequence.finish_reason != "n_ctx":
             print(*trace.lines(sequence, flags.trace, n_step, rich=sys.stderr.isatty()), sep="\n", file=sys.stderr)
-        if not at_end:
+        if is_streamed(flags):
             print(piece, end="", flush=True)
-    seconds = time.perf_counter() - started
-    print(json_line(prompt, sequence, seconds) if flags.json else sequence.text if at_end else "")
 
 
-def slide_notice():
-    """A function that says once on stderr that the text is longer than n_ctx."""
-    said = []
-
-    def notice():
-        if not said:
-            print("the text has outgrown n_ctx: from here on the model sees the last part of it only", file=sys.stderr)
-        said.append(True)
-
-    return notice
-
-
-def show_batch(flags, model, prompts, sequences):
-    started = time.perf_counter()
-    batching.generate_batch(model, sequences)
-    seconds = time.perf_counter() - started
-    if flags.json:
-        print("\n".join(json_line(*pair, seconds) for pair in zip(prompts, sequences, strict=True)))
-    else:
-        print("\n---\n".join(sequence.text for sequence in sequences))
-
-
-def json_line(prompt, sequence, seconds):
-    """seconds: the time of the whole batch."""
-    line = {"prompt": prompt, "text": sequence.text, "token_ids": sequence.new_ids}
-    line |= {"log_probabilities": sequence.log_probabilities, "stop_reason": sequence.finish_reason}
-    return json_library.dumps(line | {"seconds": round(seconds, 4)}, ensure_ascii=False)
-
-
-def show_beams(flags, model, prompts, sequences):
-    """Prints the best text; with --json all that were found, best first."""
-    started = time.perf_counter()
+def search(flags, model, prompts, sequences):
+    """Searches by beams. Returns what --json prints of the texts that were found, best first; otherwise of the best."""
     (prompt,), (sequence,) = prompts, sequences
-    found = beam.search(model, sequence.ids, flags.n_tokens_to_generate, flags.num_beams, end_ids=sequence.end_ids,
-                        length_penalty=flags.length_penalty, early_stopping=STOPPING[flags.early_stopping.lower()],
-                        params=sequence.params)  # fmt: skip
-    seconds = time.perf_counter() - started
-    for hypothesis in found if flags.json else found[:1]:
-        text = sequence.tokenizer.decode(hypothesis.ids)
-        line = {"prompt": prompt, "text": text, "token_ids": hypothesis.ids, "score": hypothesis.score}
-        line |= {"stop_reason": "end_of_text" if hypothesis.ended else "length", "seconds": round(seconds, 4)}
-        print(json_library.dumps(line, ensure_ascii=False) if flags.json else text)
+    found = beam.search(
+        model, sequence.ids, flags.n_tokens_to_generate, flags.num_beams, length_penalty=flags.length_penalty,
+        early_stopping=STOPPING[flags.early_stopping.lower()], end_ids=sequence.end_ids, params=sequence.params,
+    )  # fmt: skip
+    return [
+        {"prompt": prompt, "text": sequence.tokenizer.decode(hypothesis.ids), "token_ids": hypothesis.ids,
+         "score": hypothesis.score, "stop_reason": "end_of_text" if hypothesis.ended else "length"}
+        for hypothesis in (found if flags.json else found[:1])
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

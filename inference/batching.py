@@ -8,8 +8,8 @@ weights is what takes the time, sixteen sequences cost little more than one.
 
 Each sequence has a slot, its own position and its own end. `vmap` turns the forward pass of one sequence into that of
 all slots; as the position is an argument, each slot can have another. In a step all slots compute equally many tokens:
-a slot that needs fewer is padded on the right. The padding is written behind the slot's position, where the mask hides
-it, and is overwritten when the sequence gets there.
+a slot that needs fewer is padded on the right. The padding is written after the slot's last token, where the mask
+hides it, and later tokens overwrite it.
 """
 
 import functools
@@ -49,7 +49,7 @@ class Batch:
     """Slots that sequences join and leave between steps.
 
     On a backend that compiles, the number of slots is fixed, as another number would be another program; a free slot
-    computes a token that nobody uses. On one that does not, there are as many slots as sequences, so a batch that
+    computes a token that is not used. On one that does not, there are as many slots as sequences, so a batch that
     shrinks gets faster.
     """
 
@@ -92,9 +92,8 @@ class Batch:
         """Computes the pending tokens of each slot and the next token of each sequence. Returns [(sequence, new text)],
         and frees the slots of those that have finished."""
         self._fit_cache()
-        room = n_positions(self.cache) - max(
-            self.positions
-        )  # a slot whose prompt does not fit goes on in the next step
+        # The slot with the most tokens limits how many a step can add. A longer prompt continues in the next step.
+        room = n_positions(self.cache) - max(self.positions)
         tokens = [pending[:room] for pending in self.pending]
         logits, self.cache = step_batch(self.model, tokens, self.cache, self.positions)
         logits, results = self.model.backend.to_numpy(logits), []
@@ -120,7 +119,7 @@ class Batch:
 
 
 def generate_batch(model, sequences):
-    """Generates all sequences at once until each has finished. Each has one id at least, and n_ctx has room for it."""
+    """Generates all sequences at once until each has finished. Each must have at least one id and fit into n_ctx."""
     sequences = [sequence for sequence in sequences if sequence.finish_reason is None]
     if sequences:
         batch = Batch(model, len(sequences), max(len(s.ids) + s.n_tokens_to_generate for s in sequences))

@@ -1,8 +1,7 @@
 """Beam search: an approximation of the most likely text, where generate.py takes the most likely next token.
 
-The most likely next token may lead to a text in which nothing likely follows. So num_beams texts (beams) are kept at a
-time. Each step extends all of them by every token and keeps the best. A beam that ends (with one of end_ids) becomes a
-hypothesis:
+After the most likely next token there may be no likely continuation. So the num_beams best texts (beams) are kept. Each
+step extends all of them by every token and keeps the best. A beam that ends (with one of end_ids) becomes a hypothesis:
 
     score = sum of the log-probabilities / length ** length_penalty
 

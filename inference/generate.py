@@ -4,8 +4,8 @@
     for piece in generate(model, sequence):
         print(piece, end="", flush=True)
 
-A Sequence is one text in the making: it turns the logits that a model gives for it into tokens and text. It does not
-know the model, so it serves the loop here as well as the one in batching.py, which has many sequences.
+A Sequence is a text that is being generated: it turns a model's logits into tokens and text. It has no reference to the
+model, so the loop for one sequence here and the one for many in batching.py both use it.
 """
 
 import codecs
@@ -18,11 +18,11 @@ from inference.model import init_cache, step
 
 
 class Sequence:
-    """One text in the making.
+    """A text that is being generated.
 
     ids                 the ids of the prompt and the new ones; new_ids: the new ones alone
     text                the new text so far, up to where a stop text begins
-    finish_reason       None while it goes on; "length" (n_tokens_to_generate are there), "end_of_text" (one of end_ids
+    finish_reason       None until it ends; "length" (n_tokens_to_generate new tokens), "end_of_text" (one of end_ids
                         was chosen), "stop" (one of the stop texts appeared) or "n_ctx" (the context is full)
     logits, chosen      the model's logits for the newest token, before any processor, and the id that was chosen
     log_probabilities   of the new tokens by the model (natural logarithms, before any processor), or None if not kept
@@ -39,11 +39,11 @@ class Sequence:
         self.text, self.n_shown = "", 0
         self.log_probabilities = [] if keep_log_probabilities else None
         self._coins = numpy.random.default_rng(seed)
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # keeps back the bytes of half a character
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back an incomplete character
 
     def accept(self, logits):
-        """Chooses the next token from the model's logits [n_vocab]. Returns the text that is certain now, perhaps
-        ""."""
+        """Chooses the next token from the model's logits [n_vocab]. Returns the new text that no later
+        token can change, which may be ""."""
         self.logits, coin = numpy.asarray(logits, numpy.float64), self._coins.random()
         self.chosen = sampling.choose(self.logits, self.ids, len(self.new_ids), self.params, coin)
         if self.chosen in self.end_ids:

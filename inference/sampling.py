@@ -2,12 +2,12 @@
 
 Eight of them change the logits. Each changes nothing at its neutral value. They are applied in this order:
 
-    repetition_penalty  no_repeat_ngram  min_new_tokens  bad_words    by the tokens that are there already
-    temperature  top_k  top_p  min_p                                  how much is left to chance
+    repetition_penalty  no_repeat_ngram  min_new_tokens  bad_words    change single tokens, given the tokens so far
+    temperature  top_k  top_p  min_p                                  make the choice more or less random
 
 A banned token gets the logit -inf, so its probability is 0. Then `sample` draws a token with a coin: a number, uniform
-in [0, 1), that the caller draws. So there is no randomness in here, and both backends choose the same token for the
-same coin.
+in [0, 1), that the caller draws. So these functions are not random themselves, and both backends choose the same token
+for the same coin.
 
 The behaviour is that of the logits processors of Hugging Face's transformers, which users know. Where it differs from
 the papers, the function says so (Keskar et al. 2019, "CTRL", section 4.1; Fan et al. 2018, "Hierarchical Neural Story
@@ -41,7 +41,7 @@ GREEDY = SamplingParams()
 
 
 def check(params):
-    """Raises ValueError for a value that is out of range, and for one that another makes useless."""
+    """Raises ValueError for a value that is out of range, and for one that has no effect beside another."""
     temperature, top_k, top_p, penalty = params[:4]
     if not (temperature == 0 or 1e-5 <= temperature < math.inf):
         raise ValueError(f"temperature {temperature} is out of range: 0 (always the likeliest token) or from 1e-5 up")
@@ -63,7 +63,7 @@ def check(params):
         raise ValueError("an empty bad word would ban everything")
 
 
-# ---- By the tokens that are there already ----
+# ---- Processors that change single tokens, given the tokens so far ----
 
 
 def repetition_penalty(logits, ids, penalty):
@@ -83,8 +83,7 @@ def no_repeat_ngram(logits, ids, size):
 
 
 def min_new_tokens(logits, n_new, minimum, end_ids):
-    """Bans the tokens that would end the text, as long as there are fewer than `minimum` new tokens; there are n_new. 0
-    is off."""
+    """Bans the tokens that end a text while n_new, the number of new tokens, is less than `minimum`. 0 is off."""
     return ban(logits, end_ids) if n_new < minimum else logits
 
 
@@ -112,12 +111,12 @@ def process(logits, ids, n_new, params):
     return logits
 
 
-# ---- How much is left to chance ----
+# ---- Processors that make the choice more or less random ----
 
 
 def temperature(logits, t):
-    """Divides the logits by t. Below 1 likely tokens become more likely, above 1 less. 1 is off; 0 keeps the likeliest
-    token alone."""
+    """Divides the logits by t. Below 1 likely tokens become more likely, above 1 less. 1 is off; 0 keeps only the
+    likeliest token."""
     return keep_best(logits, 1) if t == 0 else logits if t == 1 else logits / t
 
 

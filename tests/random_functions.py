@@ -177,7 +177,11 @@ PAIRS = [  # of two
     *[if_both(multiplies, lambda x, y: np.tanh(x @ y)), if_both(multiplies, lambda x, y: np.tanh(np.matmul(x, y)))] * 2,
     *[joined, stacked, best, searched],
 ]
-WITH_IDS = [picked, picked, picked, chosen]  # of an array and ids
+WITH_IDS = [  # of an array and ids
+    *[picked, picked, picked, chosen],
+    if_axes(0, lambda x, ids: x.reshape(-1)[0] * (((ids << 2) ^ 1 ^ ids) >> 1)),
+]
+UPDATES = [updated]  # of two arrays and ids
 
 
 def random_function(seed, n_operations=12):
@@ -194,8 +198,9 @@ def random_function(seed, n_operations=12):
     values = list(inputs)
     while len(steps) < n_operations:
         recent = floats[-4:] + floats[:3]
-        kind = draw([FLOATS, FLOATS, PAIRS, PAIRS, WITH_IDS, [updated]])
-        args = [draw(recent)] + [draw(recent)] * (kind in (PAIRS, [updated])) + [draw([3, 4])] * (len(kind) < 5)
+        kind = draw([FLOATS, FLOATS, PAIRS, PAIRS, WITH_IDS, UPDATES])
+        args = [draw(recent), *([draw(recent)] if kind in (PAIRS, UPDATES) else [])]
+        args += [draw([3, 4])] if kind in (WITH_IDS, UPDATES) else []
         f = draw(kind)(draw, *(values[i] for i in args))
         if f is None:
             continue

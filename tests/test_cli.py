@@ -144,7 +144,7 @@ def test_the_window_may_be_filled_exactly(command, storyteller):
         (["--num_beams", "3", "--top_k", "5"], ["--num_beams", "--top_k"]),
         (["--num_beams", "3", "--stop", "x"], ["--num_beams", "--stop"]),
         (["--num_beams", "3", "--trace", "5"], ["--trace", "beams"]),
-        (["--num_beams", "3", "--num_samples", "2"], ["--num_samples"]),
+        (["--num_beams", "3", "--num_samples", "2"], ["--num_beams is for one prompt", "--num_samples"]),
         (["--length_penalty", "2"], ["no effect without --num_beams"]),
         (["--early_stopping", "true"], ["no effect without --num_beams"]),
         (["--num_beams", "3", "--early_stopping", "maybe"], ["--early_stopping 'maybe'"]),

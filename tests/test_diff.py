@@ -115,7 +115,7 @@ def test_json(run):
 
 
 def test_nan_is_beyond_every_tolerance():
-    assert diff.difference(np.array([np.nan]), np.array([1.0]))["abs"] == float("inf")
+    assert diff.difference(np.array([np.nan]), np.array([1.0]), 1.0)["abs"] == float("inf")
 
 
 def test_the_core_is_as_it_was_after_a_run(run):

@@ -323,6 +323,11 @@ def test_there_are_thirty_kinds_and_more():
 def newer(folder, **edits):
     """The golden Hugging Face folder with a tokenizer.json in place of vocab.json and merges.txt."""
     shutil.copytree(GOLDEN / "hf", folder)
+    write_tokenizer_json(folder, **edits)
+    return folder
+
+
+def write_tokenizer_json(folder, **edits):
     ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     found = {
@@ -335,7 +340,6 @@ def newer(folder, **edits):
     (folder / "tokenizer.json").write_text(json.dumps(found | edits), encoding="utf-8")
     (folder / "vocab.json").unlink()
     (folder / "merges.txt").unlink()
-    return folder
 
 
 def split_into_shards(folder):

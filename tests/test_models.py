@@ -7,9 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, cast, random_params
+from conftest import GOLDEN, ROOT, cast, random_params
 
 import gpt2
+import gpt2_pico
 import utils
 from tools import models
 from weights import files
@@ -121,3 +122,138 @@ def test_config_json_says_what_transformers_needs(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["vocab_size"], config["n_positions"], config["eos_token_id"]) == (300, 8, 2047)
     assert config["activation_function"] == "gelu_new"
+
+
+# ---- Weights that are no numbers ----
+
+WAYS = {
+    "one text": ["Once"],
+    "drawn": ["Once", "--temperature", "1"],
+    "samples": ["Once", "--temperature", "1", "--num_samples", "2"],
+    "batch": ["--batch", "--prompt_file", "{tmp}/prompts"],
+    "beams": ["Once", "--num_beams", "2"],
+    "trace": ["Once", "--trace", "20"],
+    "json": ["Once", "--json"],
+    "slide": ["Once", "--overflow", "slide", "--n_tokens_to_generate", "150"],
+    "jax": ["Once", "--backend", "jax"],
+    "bfloat16": ["Once", "--dtype", "bfloat16"],
+}
+
+
+def golden_folder(folder, edit, layout="tf", n_vocab=512, tokenizer=None):
+    """The golden model with other params, and with the tokenizer that `tokenizer` makes of its {spelling: id}."""
+    encoder, hparams, params = utils.load_encoder_hparams_and_params(str(GOLDEN))
+    params["wte"] = np.resize(params["wte"], (n_vocab, 48))
+    edit(params)
+    folder.mkdir()
+    utils.save_tokenizer(GOLDEN, folder, ["tf"])
+    if tokenizer:
+        (folder / "encoder.json").write_text(json.dumps(tokenizer(encoder.ids)), encoding="utf-8")
+    utils.save_tokenizer(folder, folder, [layout])
+    utils.save_model(folder, hparams | {"n_vocab": n_vocab}, params, [layout])
+    return folder
+
+
+def run(command, way, folder):
+    (folder.parent / "prompts").write_text("Once\nOnce upon", encoding="utf-8")
+    arguments = [word.replace("{tmp}", str(folder.parent)) for word in WAYS[way]]
+    return command(*arguments, "--model_size", str(folder))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_the_first_run_that_meets_nan_names_the_tensor(tmp_path, command, way, value):
+    def edit(params):
+        params["blocks"][1]["mlp"]["c_fc"]["w"][3, 5] = value
+
+    status, out, err = run(command, way, golden_folder(tmp_path / "model", edit))
+    assert (status, out) == (1, "")
+    assert "not finite numbers: NaN or infinity in blocks.1.mlp.c_fc.w" in err.splitlines()[-1]
+    assert err.count("\n") == 1 + (way == "jax")  # which names its device
+
+
+def test_warnings_of_numpy_are_not_shown(tmp_path):
+    def edit(params):
+        params["blocks"][1]["mlp"]["c_fc"]["w"][3, 5] = np.inf
+
+    folder = golden_folder(tmp_path / "model", edit)
+    arguments = [sys.executable, "gpt2.py", "Once", "--model_size", str(folder)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+
+
+@pytest.mark.parametrize("layout", ["tf", "hf"])
+def test_verify_names_the_tensors_with_nan(tmp_path, command, layout):
+    def edit(params):
+        params["wte"][511, 0] = np.nan  # of a token that no prompt has, so that a run might not meet it
+        params["wpe"][95, 0] = -np.inf
+        for block in params["blocks"]:
+            block["ln_1"]["g"][0] = np.nan
+
+    folder = golden_folder(tmp_path / "model", edit, layout)
+    status, out, _ = command(str(folder), main=models.verify)
+    assert (status, out.count("\n")) == (1, 1)
+    assert out.endswith("NaN or infinity in wte, wpe, blocks.0.ln_1.g and 2 more\n")
+
+
+def test_numbers_too_large_for_the_dtype_say_so(tmp_path, command):
+    def edit(params):
+        params["ln_f"]["g"][...] = 3e38
+
+    folder = golden_folder(tmp_path / "model", edit)
+    assert command(str(folder), main=models.verify)[0] == 0
+    status, out, err = command("Once", "--model_size", str(folder))
+    assert (status, out) == (1, "")
+    assert "too large to compute with in float32" in err
+
+
+# ---- Ids without a token ----
+
+
+def loud(params):
+    """Rows beyond the tokenizer's, whose logits are mostly the largest."""
+    params["wte"][511:] *= 5
+
+
+def gap(ids):
+    return ids | {"<|endoftext|>": 599}
+
+
+KINDS = {"padded": (loud, 640, None), "gap": (loud, 600, gap)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_an_id_without_a_token_is_never_chosen(tmp_path, command, way, kind):
+    edit, n_vocab, tokenizer = KINDS[kind]
+    folder = golden_folder(tmp_path / "model", edit, n_vocab=n_vocab, tokenizer=tokenizer)
+    status, out, err = run(command, way, folder)
+    assert status == 0, err
+    assert len(out) > 10
+    encoder, hparams, params = utils.load_encoder_hparams_and_params(str(folder))
+    chosen = gpt2.generate(encoder.encode("Once"), params, hparams["n_head"], 10)
+    assert set(chosen) - encoder.spellings.keys(), "it would have been, without a mask"
+
+
+def test_an_end_id_without_a_token_still_ends(tmp_path, command):
+    """A tokenizer that lacks the token at which the model was trained to stop."""
+    folder = golden_folder(tmp_path / "model", lambda params: None, n_vocab=640)
+    encoder, hparams, params = utils.load_encoder_hparams_and_params(str(folder))
+    best = gpt2.gpt2(encoder.encode("Once"), **params, n_head=hparams["n_head"])[-1].argmax()
+    params["wte"][600] = 2 * params["wte"][best]
+    utils.save_model(folder, hparams, params, ["tf"], ending=utils.Ending((600,), True))
+    status, out, _ = command("Once", "--model_size", str(folder), "--json")
+    assert status == 0
+    assert json.loads(out)["stop_reason"] == "end_of_text"
+
+
+def test_the_shortest_program_chooses_no_padding_either(tmp_path, capsys):
+    folder = golden_folder(tmp_path / "model", loud, n_vocab=640)
+    gpt2_pico.main("Once", n_tokens_to_generate=20, model_size=str(folder))
+    shortest = capsys.readouterr().out
+    encoder, hparams, params = utils.load_encoder_hparams_and_params(str(folder))
+    params["wte"] = params["wte"][:512]
+    ids = gpt2.generate(encoder.encode("Once"), params, hparams["n_head"], 20)
+    if encoder.end_of_text in ids:
+        ids = ids[: ids.index(encoder.end_of_text)]
+    assert shortest == encoder.decode(ids) + "\n"

@@ -260,6 +260,18 @@ def test_what_is_masked_never_makes_a_nan(hidden, stand_in):
     assert numpy.array_equal(gradient, grad(f)(scores))
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_an_infinite_slope_behind_a_mask_is_nothing():
+    x, mask = numpy.array([1.0, 2.0, 4.0]), numpy.array([True, False, True])
+    gradient = grad(lambda x: np.sum(1 / np.where(mask, x, 0.0)) + np.sum(1 / np.where(mask, 0.0, x)))(x)
+    assert gradient.tolist() == [-1, -1 / 4, -1 / 16]
+
+
+def test_a_sorted_number_has_the_gradient_of_its_place():
+    x, weights = numpy.array([3.0, 1.0, 5.0, 2.0, 4.0]), numpy.array([1.0, 10.0, 100.0, 1000.0, 10000.0])
+    assert grad(lambda x: np.sum(np.sort(x) * weights))(x).tolist() == [100, 1, 10000, 10, 1000]
+
+
 def test_a_maximum_passes_the_gradient_to_the_largest_and_to_equals_in_equal_parts():
     inf = numpy.inf
     assert grad(np.max)(numpy.array([2.0, 1.0, 2.0])).tolist() == [0.5, 0, 0.5]

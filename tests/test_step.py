@@ -229,7 +229,7 @@ def test_numpy_trains_as_jax_does(dropout_rate):
     run = functools.partial(train, params, batches, n_head=2, schedule=schedule, dropout_rate=dropout_rate, seed=5)
     found, expected = run(backend="numpy")[1], run(backend="jax")[1]
     assert found == pytest.approx(expected, abs=1e-5)
-    assert found[9] < found[0] - 0.5, "it learns"
+    assert found[9] < found[0] - 0.3, "it learns"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

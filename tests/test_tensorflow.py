@@ -3,6 +3,9 @@
 import json
 import math
 import shutil
+import struct
+import time
+import tracemalloc
 import weakref
 
 import numpy as np
@@ -136,6 +139,7 @@ def edit_json(path, **changes):
 DAMAGES = {
     "truncated data": (lambda f: damage_data(f, lambda d: d[:-10]), [utils.DATA, "model/wte", "cut short"]),
     "empty data": (lambda f: damage_data(f, lambda d: b""), [utils.DATA, "empty"]),
+    "surplus data": (lambda f: damage_data(f, lambda d: d + b"x"), [utils.DATA, "surplus of 1 bytes"]),
     "no data": (lambda f: (f / utils.DATA).unlink(), [utils.DATA, "No such file"]),
     "no index": (lambda f: (f / utils.INDEX).unlink(), [utils.INDEX, "No such file"]),
     "no checkpoint": (lambda f: (f / "checkpoint").unlink(), ["checkpoint", "No such file"]),
@@ -178,6 +182,79 @@ def test_every_flipped_byte_of_the_index_is_noticed(folder):
         except OSError as error:
             assert utils.INDEX in str(error)
     assert unnoticed == 0
+
+
+def field(number, value):
+    """A field of a protocol buffer: a whole number, or bytes."""
+    if isinstance(value, int):
+        return checkpoint.varint(number << 3) + checkpoint.varint(value)
+    return checkpoint.varint(number << 3 | 2) + checkpoint.sized(value)
+
+
+def block(pairs):
+    """A block of a table; each pair is (number of bytes shared with the name before, the rest of the name, value)."""
+    rows = b"".join(checkpoint.varint(s) + checkpoint.varint(len(k)) + checkpoint.varint(len(v)) + k + v
+                    for s, k, v in pairs)  # fmt: skip
+    rows += struct.pack("<II", 0, 1)
+    return rows + b"\0" + struct.pack("<I", checkpoint.masked_crc32c(rows + b"\0"))
+
+
+def table(entries, n_listed=1):
+    """A table with one block of entries, which is listed n_listed times."""
+    first = block(entries)
+    handle = checkpoint.varint(0) + checkpoint.varint(len(first) - 5)
+    second = block([(0, b"z%07d" % i, handle) for i in range(n_listed)])
+    footer = checkpoint.varint(0) * 2 + checkpoint.varint(len(first)) + checkpoint.varint(len(second) - 5)
+    return first + second + footer.ljust(40, b"\0") + checkpoint.MAGIC
+
+
+ENTRY = field(1, 1) + field(2, field(2, field(1, 6))) + field(5, 24)
+HOSTILE = {
+    "a number without an end": lambda: table([(0, b"a", b"\xff" * 10**6)]),
+    "a number without an end in the footer": lambda: b"\xff" * 10**6 + checkpoint.MAGIC,
+    "one block many times": lambda: table([(0, b"a%05d" % i, ENTRY) for i in range(5000)], 30_000),
+    "one block many times, all of it": lambda: table([(0, b"a", ENTRY)] * 9000, 9000),
+    "long names": lambda: table([(0, b"a" * 500_000, b"")] + [(500_000, b"", b"")] * 100_000),
+    "many entries": lambda: table([(0, b"a" * 250, b"")] + [(245, b"%05d" % i, b"") for i in range(100_000)]),
+    "many dimensions": lambda: table([(0, b"model/wte", field(1, 1) + field(2, field(2, field(1, 2**63)) * 50_000))]),
+    "no tensors": lambda: table([(0, b"", b"")]),
+    "nothing": lambda: table([]),
+    "bytes for a number": lambda: table([(0, b"model/wte", field(1, 1) + field(4, b"abc"))]),
+    "bytes for a checksum": lambda: table([(0, b"model/wte", ENTRY + field(6, b"abc"))]),
+    "a number for a shape": lambda: table([(0, b"model/wte", field(1, 1) + field(2, 7))]),
+    "a name that is no text": lambda: table([(0, b"\xff", ENTRY)]),
+    "a block outside the file": lambda: b"\0" * 4 + checkpoint.varint(2**63) * 2 + b"\0" * 18 + checkpoint.MAGIC,
+    "too large": lambda: b"\0" * 2**20 + checkpoint.MAGIC,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_an_index_made_to_cost_time_or_memory_is_refused(folder, kind, command):
+    (folder / utils.INDEX).write_bytes(HOSTILE[kind]())
+    began = time.process_time()
+    tracemalloc.start()
+    status, out, err = command("x", "--model_size", str(folder))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "model.ckpt" in err
+    assert time.process_time() - began < 8  # tracemalloc makes it four times slower than it is
+    assert peak < 2e8
+    assert command(str(folder), main=models.verify)[0] == 1
+
+
+def test_what_the_limits_let_pass(tmp_path):
+    """A model with as many layers as there may be, and with longer names beside its own."""
+    hparams = {"n_vocab": 3, "n_ctx": 2, "n_embd": 2, "n_head": 1, "n_layer": 1000}
+    checkpoint.save_gpt2_params_to_tf_ckpt(tmp_path / "model.ckpt", random_params(**hparams))
+    assert len(flat(checkpoint.load_gpt2_params_from_tf_ckpt(tmp_path / "model.ckpt", hparams))) == 12_004
+
+
+def test_the_optimizers_tensors_are_no_damage(tmp_path):
+    params = random_params(**SMALL)
+    extra = {"global_step": np.int64(7), "adam/m": np.ones(5, np.float32)}
+    write_with_tensorflow(tmp_path / "model.ckpt", {**as_openai_stores_it(params), **extra})
+    assert list(checkpoint.damages(tmp_path / "model.ckpt.index", tmp_path / utils.DATA)) == []
 
 
 @pytest.mark.parametrize("is_large", [False, True])

@@ -20,6 +20,7 @@ import utils
 from training import data, optimizer, saves, train
 from training import step as library
 from training.loss import lm_loss
+from weights.files import locked
 from weights.params import flatten, tree_map
 
 jax = oracle("jax")
@@ -347,6 +348,18 @@ def test_a_full_disk_met_by_the_metrics(start, tmp_path, monkeypatch):
     status, _, err = start()
     assert status == 1
     assert "metrics.jsonl: No such file or directory; what was saved before still is" in err.splitlines()[-1]
+
+
+def test_a_second_run_into_the_same_folder_is_refused(ids, start, tmp_path):
+    """Whether it begins or resumes; the first goes on, and leaves no lock behind."""
+    with locked(tmp_path / "run"):
+        for flags in ([], ["--resume"]):
+            status, out, err = start(*flags)
+            assert (status, out) == (1, "")
+            assert f"another run is writing into {tmp_path / 'run'}" in err.splitlines()[-1]
+    with locked(tmp_path / "data"), pytest.raises(OSError, match="another run is writing"):
+        data.main(str(ids.parent / "text.txt"), out=str(tmp_path / "data"), n_vocab=257)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("main", [train.main, data.main])

@@ -1,4 +1,4 @@
-"""What is in a model: every parameter, and how many there are of each kind.
+"""Lists the parameters of a model, and counts them by kind.
 
 python -m tools.inspect_params --model_size 3M
 """
@@ -18,26 +18,22 @@ KINDS = {"embeddings": ("wte", "wpe"), "attention": ("attn",), "mlp": ("mlp",), 
 
 
 def table(params):
-    """One line a parameter, then the totals."""
+    """One line for each parameter, then the totals."""
     yield f"{'name':32} {'shape':>16} {'dtype':>8} {'mean':>11} {'std':>11}"
-    sizes = dict.fromkeys(KINDS, 0)
-    n_bytes = 0
-    for path, array in flatten(params).items():
-        shape = ", ".join(map(str, array.shape))
+    leaves, sizes = flatten(params), dict.fromkeys(KINDS, 0)
+    for path, array in leaves.items():
+        name, shape = ".".join(map(str, path)).replace("blocks.", "h"), str([*array.shape])
         mean, std = array.mean(dtype=np.float64), array.std(dtype=np.float64)
-        name = ".".join(map(str, path)).replace("blocks.", "h")
-        yield f"{name:32} {f'[{shape}]':>16} {array.dtype!s:>8} {mean:11.4e} {std:11.4e}"
+        yield f"{name:32} {shape:>16} {array.dtype!s:>8} {mean:11.4e} {std:11.4e}"
         sizes[next(kind for kind, names in KINDS.items() if set(names) & set(path))] += array.size
-        n_bytes += array.nbytes
-    total = sum(sizes.values())
+    total, n_bytes = sum(sizes.values()), sum(array.nbytes for array in leaves.values())
     yield ""
     yield f"{'parameters':12} {total:>14,}   {n_bytes:,} bytes"
-    for kind, size in sizes.items():
-        yield f"{kind:12} {size:>14,}   {size / total:6.1%}"
+    yield from (f"{kind:12} {size:>14,}   {size / total:6.1%}" for kind, size in sizes.items())
 
 
 def main(model_size: str = "3M", *, models_dir: str = ""):
-    """Lists the parameters of a model: name, shape, dtype, mean, standard deviation; and how many are of each kind.
+    """Lists the parameters of a model, with shape, dtype, mean and standard deviation, and counts them by kind.
 
     Args:
         model_size: 3M, 124M, 355M, 774M, 1558M or a model folder

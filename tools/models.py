@@ -2,7 +2,7 @@
 
 python utils.py verify models/3M
 python utils.py convert models/3M models/3M-hf --layout hf       # OpenAI's layout to Hugging Face's
-python utils.py convert models/3M-hf models/3M-tf --layout tf    # and back: every number as it was
+python utils.py convert models/3M-hf models/3M-tf --layout tf    # and back, with the same numbers
 """
 
 import sys
@@ -17,7 +17,7 @@ from weights.tensorflow import damages, latest_checkpoint
 
 
 def verify(model_size: str = utils.SIZES[0], models_dir: str = ""):
-    """Reads a model again from disk: a line for whatever is damaged, and exit status 1 if anything is.
+    """Reads a model from disk and prints a line for each damaged tensor or file. Exit status 1 if there is one.
 
     Args:
         model_size: 124M, 355M, 774M, 1558M, or a model folder

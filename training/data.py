@@ -27,7 +27,7 @@ import cli
 import utils
 from encoder import END_OF_TEXT, SPELL, get_encoder
 from utils import save_tokenizer
-from weights.files import new_folder, read_text, replacing, write_text
+from weights.files import check_regular, locked, new_folder, read_text, replacing, write_text
 
 PARTS = ("train", "validation")
 
@@ -54,19 +54,19 @@ def main(text: str = "", *, out: str = "data/mine", n_vocab: int | None = None, 
         raise ValueError(f"{out} is there already: delete it, or name another folder with --out")
     parts = dict(zip(PARTS, split(read_documents(Path(text)), validation, seed), strict=True))
     tokenizer = utils.find_model(encoder) if encoder else learn(parts["train"], 2048 if n_vocab is None else n_vocab)
-    with new_folder(out) as folder:
+    with locked(out), new_folder(out) as folder:
         write(folder, parts, tokenizer)
     print(out)
 
 
 def read_documents(path):
     """The documents of a file, or of all *.txt files in a folder, none empty: a list of str. Raises ValueError if there
-    are none, OSError for a file that cannot be read or holds no UTF-8."""
+    are none, OSError for a file that cannot be read, has no end (a pipe, a device), or holds no UTF-8."""
     if not path.exists() or path == Path():
         raise ValueError(f"no file or folder {str(path)!r}: name a text to train on")
     files = sorted(file for file in path.rglob("*.txt") if not file.is_dir()) if path.is_dir() else [path]
-    if special := [file for file in files if file.exists() and not file.is_file()]:
-        raise OSError(f"{special[0]} is a pipe or a device, which may have no end: copy its text into a file")
+    for file in files:
+        check_regular(file)
     # A text written on Windows may begin with a byte order mark, and end its lines with "\r\n".
     texts = [read_text(file).removeprefix("\ufeff").replace("\r\n", "\n") for file in files]
     documents = [document.strip("\n") for text in texts for document in text.split(END_OF_TEXT)]

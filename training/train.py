@@ -32,7 +32,7 @@ from inference.generate import Sequence, generate
 from training import data, optimizer, saves
 from training import step as step_library
 from utils import save_tokenizer
-from weights.files import new_folder, replacing
+from weights.files import locked, new_folder, replacing
 from weights.params import flatten, tree_map, unflatten
 
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 192, "n_ctx": 256}
@@ -79,12 +79,13 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
     check(settings)
     print(backends.get(settings.backend).setup(dtype), file=sys.stderr)
     try:
-        run = Run(settings)
-        if resume:
-            run.resume()
-        else:
-            run.begin()
-        run.train()
+        with locked(out):
+            run = Run(settings)
+            if resume:
+                run.resume()
+            else:
+                run.begin()
+            run.train()
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # JAX's lack of memory
             raise

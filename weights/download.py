@@ -22,7 +22,7 @@ SHA256 = {  # of the tokenizer that OpenAI's four sizes share (source: tiktoken_
 
 
 def download_gpt2_files(model_size, model_dir, base_url=None):
-    """Fetches those of TF_FILES that model_dir lacks; asks the network for nothing if it has them all.
+    """Downloads those of TF_FILES that model_dir lacks. If it has them all, the network is not used.
 
     base_url, else the environment's GPT2_BASE_URL, else OpenAI's address, is where the folders of SIZES are.
     Raises OSError with the reason and the way out. What was received so far stays, in a .part, for the next try.
@@ -40,7 +40,7 @@ def download_gpt2_files(model_size, model_dir, base_url=None):
             except OSError as error:
                 raise OSError(
                     f"{error}. Run again once that is mended, or name a mirror with --base_url, or put OpenAI's "
-                    f"{len(TF_FILES)} files into {model_dir} yourself (README, GPT-2 124M)"
+                    f"{len(TF_FILES)} files into {model_dir} yourself (docs/models.md, Downloading)"
                 ) from None
 
 
@@ -60,8 +60,8 @@ def discard_damaged_index(model_dir):
 
 
 def fetch(url, path):
-    """One file, first to path + ".part", from where an earlier try ended; it gets its name when it is whole and right.
-    Raises OSError; what came before the connection broke stays for the next try, what is wrong does not."""
+    """Downloads one file to path + ".part", continuing an earlier try, and renames it when it is complete and correct.
+    Raises OSError. The .part stays for the next try if the connection broke, and is removed if its content is wrong."""
     import requests
 
     part = path.with_name(path.name + ".part")
@@ -72,17 +72,17 @@ def fetch(url, path):
     try:
         with requests.get(url, headers=headers, stream=True, timeout=(5, 30)) as response:
             if response.status_code == 416 and response.headers.get("Content-Range") != f"bytes */{start}":
-                part.unlink()  # there is more of it than of the file
+                part.unlink()  # it is longer than the file
                 return fetch(url, path)
             md5 = None
-            if response.status_code != 416:  # which here means that all of it has come before
+            if response.status_code != 416:  # 416: an earlier try received all of it
                 response.raise_for_status()
                 md5 = receive(response, part, start if response.status_code == 206 else 0)
         check_file(part, path.name, md5)
     except requests.HTTPError as error:
         raise OSError(f"cannot fetch {url}: HTTP {error.response.status_code} {error.response.reason}") from None
     except requests.RequestException as error:
-        if isinstance(error, ValueError):  # InvalidURL and its like
+        if isinstance(error, ValueError):  # InvalidURL and others
             raise ValueError(f"base_url leads to {url}, and that is no address: {error}") from None
         reason = "no answer in time" if isinstance(error, requests.Timeout) else "no connection, or it broke off"
         raise OSError(f"cannot fetch {url}: {reason}") from None
@@ -90,8 +90,8 @@ def fetch(url, path):
 
 
 def receive(response, part, start):
-    """Writes the body to `part` from byte `start` on, to the disk itself. Returns the MD5 sum of the whole file in
-    base64 if the server names one (with part of a file, Azure's has another name), else None."""
+    """Writes the body to `part` from byte `start` on, and waits until it is on the disk. Returns the MD5 sum of the
+    whole file in base64 if the server names one (with part of a file, Azure's has another name), else None."""
     from tqdm import tqdm
 
     if "text/html" in response.headers.get("Content-Type", ""):
@@ -111,7 +111,7 @@ def receive(response, part, start):
 
 
 def check_file(part, name, md5=None):
-    """Removes a finished download and raises OSError unless it is what its name says, down to each tensor's sum."""
+    """Removes a finished download and raises OSError if a checksum or the format of the file `name` is wrong."""
     try:
         if md5 and md5 != (found := base64.b64encode(digest(part, "md5")).decode()):
             raise OSError(f"{name}: MD5 is {found}, by the server {md5}")

@@ -8,14 +8,12 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import stat
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-MAX_SMALL = 2**24  # bytes: far above any configuration or vocabulary, far below what takes long to parse
+MAX_SMALL = 2**23  # bytes: above the configuration and tokenizer of any GPT-2, below what takes long to parse
 
 # ---- Reading ----
 
@@ -121,6 +119,9 @@ def new_folder(out):
 @contextlib.contextmanager
 def scratch_folder(path):
     """Yields a new, empty folder beside `path`, with a name that nothing had before, and removes it at the end."""
+    import shutil  # here, as these two take 5 ms, and most programs only read
+    import tempfile
+
     folder = tempfile.mkdtemp(".part", f".{path.name[:99]}.", path.parent)
     try:
         yield Path(folder)
@@ -176,6 +177,8 @@ def lock(file):
 
 def remove_leftovers(folder):
     """Removes the scratch folders that killed processes left, for `folder` itself and for files in it."""
+    import shutil
+
     for parent, name in (folder.parent, re.escape(folder.name[:99])), (folder, ".+"):
         for path in [*parent.glob(".*.part")]:
             if re.fullmatch(rf"\.{name}\.[a-z0-9_]{{8}}\.part", path.name):  # as tempfile.mkdtemp names them

@@ -96,8 +96,8 @@ def read_tensors(path):
 
 
 def what_else(path):
-    """What to say where there is no safetensors file: how to convert the weights, if they are there in another
-    format."""
+    """The end of the error that there is no safetensors file: how to convert the weights from another format, if the
+    folder has one."""
     for name in OTHER_FORMATS:
         if path.with_name(name).exists():
             return (
@@ -162,4 +162,4 @@ def save_gpt2_params_to_hf(path, params):
     tensors = {hf_name(path): np.ascontiguousarray(array) for path, array in flatten(params).items()}
     tensors = {name: t.astype("<f4") if t.dtype.itemsize == 2 else t for name, t in tensors.items()}
     with replacing(path) as part:
-        part.write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))  # transformers asks for this word
+        part.write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))  # transformers requires it

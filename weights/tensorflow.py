@@ -59,22 +59,24 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     """The params in tf_ckpt_path + ".index" and ".data-00000-of-00001": float32, memory-mapped, not copied. Changing an
     array changes memory, never the file.
 
-    Raises OSError naming the file and the tensor if one is missing, lies outside the file, has another shape, or (in a
-    file of up to MAX_CHECKED bytes; `damages` checks any) does not have the checksum that the index has.
+    Raises OSError naming the file and the tensor if one is missing, lies outside the file, has another shape, or does
+    not have the checksum that the index has (in a file of up to MAX_CHECKED bytes; `damages` checks any).
     """
     entries, path = read_index(f"{tf_ckpt_path}.index"), f"{tf_ckpt_path}.data-00000-of-00001"
-    entries = {name: entry for name, entry in entries.items() if name.startswith("model/")}  # not the optimizer's
     data = map_file(path)
+    if line := surplus(entries, len(data)):
+        raise OSError(f"{path}: {line}")
+    entries = {name: entry for name, entry in entries.items() if name.startswith("model/")}  # not the optimizer's
     for name, entry in entries.items():
-        line = misplacement(name, entry, len(data))
-        if not line and len(data) <= MAX_CHECKED:
-            line = wrong_checksum(name, entry, data)
-        if line:
+        if line := misplacement(name, entry, len(data)):
             raise OSError(f"{path}: {line}")
     found = {name: entry.shape for name, entry in entries.items()}
 
     def read(name):
-        return map_part(path, data, entries[name].offset, entries[name].size).view("<f4")
+        part = map_part(path, data, entries[name].offset, entries[name].size)
+        if len(data) <= MAX_CHECKED and (line := wrong_checksum(name, entries[name], part)):
+            raise OSError(f"{path}: {line}")
+        return part.view("<f4")
 
     return assemble(path, param_shapes(**hparams), found, tf_name, read)
 
@@ -91,9 +93,15 @@ def misplacement(name, entry, n_bytes):
     return None
 
 
+def surplus(entries, n_bytes):
+    """What is wrong with the size of a data file of n_bytes, as text, or None: the last tensor must end it."""
+    n_surplus = n_bytes - max(entry.offset + entry.size for entry in entries.values())
+    return f"a surplus of {n_surplus} bytes after the last tensor" if n_surplus > 0 else None
+
+
 def wrong_checksum(name, entry, data):
     """What is wrong with the bytes of a tensor, as text, or None: they must have the checksum that the index has."""
-    found = masked_crc32c(data[entry.offset : entry.offset + entry.size])
+    found = masked_crc32c(data)
     if found != entry.crc32c:
         return f"{name} has checksum {found:08x}, by the index {entry.crc32c:08x}: download or copy the file again"
     return None
@@ -103,10 +111,11 @@ def damages(index_path, data_path):
     """One line for each tensor that is misplaced or has the wrong checksum, and one for bytes at the end that belong to
     none."""
     data, entries = map_file(data_path), read_index(index_path)
-    if surplus := max(0, len(data) - max(entry.offset + entry.size for entry in entries.values())):
-        yield f"{data_path}: a surplus of {surplus} bytes after the last tensor"
+    if line := surplus(entries, len(data)):
+        yield f"{data_path}: {line}"
     for name, entry in entries.items():
-        if line := misplacement(name, entry, len(data)) or wrong_checksum(name, entry, data):
+        part = data[entry.offset : entry.offset + entry.size]
+        if line := misplacement(name, entry, len(data)) or wrong_checksum(name, entry, part):
             yield f"{data_path}: {line}"
 
 

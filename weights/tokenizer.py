@@ -6,6 +6,7 @@ tokenizer.json                 Hugging Face's newer one: both in one file, and h
 """
 
 import functools
+import itertools
 import json
 import re
 
@@ -55,7 +56,9 @@ def read_merges(path):
     lines = read_text(path, is_small=True).splitlines()
     if lines and lines[0].startswith("#version"):  # elsewhere a line that begins with # is a merge like others
         lines = lines[1:]
-    return as_pairs(path, [line.split(" ") for line in lines if line])
+    merges = [tuple(line.split(" ")) for line in lines if line]
+    require_pairs(path, merges)
+    return merges
 
 
 def read_tokenizer_json(path):
@@ -67,8 +70,9 @@ def read_tokenizer_json(path):
             raise OSError(f"{path}: {name} is {value!r:.60}, GPT-2's is {supported[0]!r}: {NO_OTHER}")
     try:
         ids, added = dict(found["model"]["vocab"]), found.get("added_tokens") or []
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in found["model"]["merges"]]
-        merges = as_pairs(path, merges)
+        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in found["model"]["merges"]]
+        require_pairs(path, merges)
+        "".join(itertools.chain.from_iterable(merges))  # a TypeError if one is no text
         in_text = [token["content"] for token in added if not token["special"]]
         added = {"".join(token["content"]): token["id"] for token in added}
         surrounds = adds_tokens(found.get("post_processor"))
@@ -95,11 +99,11 @@ def adds_tokens(post_processor):
     return post_processor["type"] != "TemplateProcessing" or any("Sequence" not in p for p in post_processor["single"])
 
 
-def as_pairs(path, merges):
-    """The merges as tuples of two strings. Raises OSError if one is something else."""
-    if odd := [p for p in merges if len(p) != 2 or not all(isinstance(symbol, str) for symbol in p)]:
-        raise OSError(f"{path}: the merge {odd[0]!r:.40} is not two symbols with a space between them")
-    return [tuple(pair) for pair in merges]
+def require_pairs(path, merges):
+    """Raises OSError unless each merge is a tuple of two."""
+    if set(map(len, merges)) - {2}:
+        odd = next(pair for pair in merges if len(pair) != 2)
+        raise OSError(f"{path}: the merge {' '.join(map(str, odd))!r:.40} is not two symbols with a space between them")
 
 
 def check_vocabulary(file, ids, merges, symbols):
@@ -109,17 +113,18 @@ def check_vocabulary(file, ids, merges, symbols):
     The last rule notices a list of merges that was cut short. A special token is known by its brackets, as in <|pad|>
     and [PAD].
     """
-    numbers = ids.values()
-    if not all(type(i) is int and 0 <= i < 2**24 for i in numbers) or len(set(numbers)) < len(numbers):
+    numbers = set(ids.values()) if set(map(type, ids.values())) <= {int} else ()
+    if len(numbers) < len(ids) or not all(0 <= i < 2**24 for i in (min(numbers, default=0), max(numbers, default=0))):
         raise OSError(f"{file}: its ids must be whole numbers from 0 to {2**24 - 1}, each that of one token")
     if missing := symbols - ids.keys():
         raise OSError(f"{file}: {min(missing)!r} has no id; each of the 256 bytes must be a token")
-    if odd := set("".join(ids)) - symbols:
-        raise OSError(f"{file}: {min(odd)!r} in a token is none of the characters that stand for bytes")
-    merged = {a + b for a, b in merges}
+    merged = set(map("".join, merges))
     if odd := merged - ids.keys():
         raise OSError(f"{file}: merges lead to {min(odd)!r:.40}, which has no id: is it of another tokenizer?")
-    if lost := {token for token in ids.keys() - merged - symbols if not re.fullmatch(r"<.*>|\[.*\]", token)}:
+    special = ids.keys() - merged - symbols
+    if odd := set("".join(special)) - symbols:
+        raise OSError(f"{file}: {min(odd)!r} in a token is none of the characters that stand for bytes")
+    if lost := {token for token in special if not re.fullmatch(r"<.*>|\[.*\]", token)}:
         others = f" and {len(lost) - 1} others" * (len(lost) > 1)
         raise OSError(
             f"{file}: no merge leads to {min(lost)!r:.40}{others}: the merges were cut short, or do not match"
