@@ -72,14 +72,20 @@ def vmap(f, in_axes=0):
     return jax.vmap(f, in_axes=in_axes)
 
 
-def scan(f, carry, rows):
-    """See numpy_backend.scan. f is traced and compiled once, however many rows there are, and each round computes in
-    the memory of the one before."""
-    return jax.lax.scan(f, carry, rows)
+def sum_over(f, rows):
+    """See numpy_backend.sum_over. f is traced and compiled once, however many rows there are, and each row is computed
+    in the memory of the one before."""
+
+    def add(total, row):
+        return jax.tree.map(jax.numpy.add, total, f(row)), None
+
+    result = jax.eval_shape(f, jax.tree.map(lambda leaf: leaf[0], rows))
+    nothing = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), result)
+    return jax.lax.scan(add, nothing, rows)[0]
 
 
 def tune(step):
-    """step itself: XLA's threads do not wait for each other in a way that needs tuning."""
+    """step itself: JAX manages its own threads."""
     return step
 
 

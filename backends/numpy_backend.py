@@ -1,6 +1,7 @@
 """The operations of a backend in plain NumPy: what each one means. Read it beside jax_backend.py, which has the same
 names in the same order and compiles."""
 
+import functools
 import operator
 
 import numpy
@@ -57,14 +58,12 @@ def vmap(f, in_axes=0):
     return numpy_vmap.vmap(f, in_axes)
 
 
-def scan(f, carry, rows):
-    """A loop in which each round hands `carry` to the next: carry, y = f(carry, row) for each row of the tree `rows`,
-    along axis 0 of its arrays. Returns (the last carry, the y of all rounds, stacked)."""
-    results = []
-    for i in range(len(next(iter(flatten(rows).values())))):
-        carry, y = f(carry, tree_map(operator.itemgetter(i), rows))
-        results.append(y)
-    return carry, tree_map(lambda *parts: numpy.stack(parts), *results)
+def sum_over(f, rows):
+    """The sum of the trees f(row) for each row of the tree `rows`, along axis 0 of its arrays. The results are added in
+    the order of the rows, so the sum does not depend on which of them is ready first."""
+    n_rows = len(next(iter(flatten(rows).values())))
+    parts = [tree_map(operator.itemgetter(i), rows) for i in range(n_rows)]
+    return functools.reduce(functools.partial(tree_map, operator.add), numpy_threads.parallel_map(f, parts))
 
 
 def tune(step):

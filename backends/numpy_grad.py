@@ -6,10 +6,11 @@ The chain rule. If the loss L depends on x only through y = f(x), then
 
 and if it depends on x in several ways, through several y, their contributions are added.
 
-So one walk from the last operation back to the first gives the gradient by everything: dL/dy is known before dL/dx is
-asked for. value_and_grad(f) calls f with tracers. Each operation on them computes its result y and appends an entry to
-a list, the tape: where its inputs are, and for each input x the function from dL/dy to dL/dx. `backward` walks the tape
-from its end. The table RULES at the end of this file says what these functions are, with a formula for each operation.
+So one walk from the last operation back to the first gives the gradient with respect to everything: on the way back,
+dL/dy is always computed before dL/dx needs it. value_and_grad(f) calls f with tracers. Each operation on them computes
+its result y and appends an entry to a list, the tape: where its inputs are, and for each input x the function from
+dL/dy to dL/dx. `backward` walks the tape from its end. The table RULES at the end of this file says what these
+functions are, with a formula for each operation.
 
 Griewank & Walther 2008, "Evaluating Derivatives", chapter 3.
 """
@@ -72,7 +73,7 @@ def backward(tape, n_leaves, gradients):
 
 
 def fit(g, shape, dtype):
-    """The gradient by an x of this shape that was broadcast: the sum over all copies of each number."""
+    """The gradient with respect to an x of this shape that was broadcast: the sum over all copies of each number."""
     new = g.ndim - len(shape)
     repeated = [i for i, n in enumerate(g.shape) if i < new or n != shape[i - new]]
     g = np.sum(g, axis=tuple(repeated)).reshape(shape) if repeated else g

@@ -243,7 +243,7 @@ REFUSED = {
     "git-lfs": (as_pointer, "a pointer of git-lfs, not the file itself: run `git lfs pull`"),
     "a shard less": (a_shard_less, "model-00002-of-.*No such file"),
     "no weights": (without("model.safetensors"), "model.safetensors: No such file"),
-    "no tokenizer": (without("tokenizer.json"), "encoder.json: No such file"),
+    "no tokenizer": (without("tokenizer.json"), "vocab.bpe: No such file"),
     "a space before": (lambda f: make(f, tokenizer=golden_tokenizer(add_prefix_space=True)), "add_prefix_space is"),
     "a token before": (lambda f: make(f, tokenizer=golden_tokenizer(add_bos_token=True)), "adds tokens to each text"),
     "WordPiece": (with_another_tokenizer, "tokenizer.json: .* no other kind of tokenizer is supported; choose"),

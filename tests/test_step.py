@@ -2,6 +2,7 @@
 
 import functools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from conftest import cast, oracle, random_params
 
 import backends
 import gpt2
+from backends import numpy_threads
 from training import loss, model, optimizer
 from training import step as library
 from weights.params import flatten, tree_map
@@ -255,15 +257,25 @@ def test_bfloat16_has_float32_masters(backend):
     assert losses == [pytest.approx(exact, rel=0.02)]
 
 
+@pytest.mark.parametrize("n_threads", [1, 3])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_scan_hands_on_and_stacks(backend):
-    def f(total, row):
-        return {"n": total["n"] + row["a"].sum()}, (total["n"], row["b"][0])
+def test_sum_over_adds_trees_in_the_order_of_the_rows(backend, n_threads, monkeypatch):
+    """To the bit, though here the first rows are ready last."""
+    numbers = np.random.default_rng(0).normal(size=(7, 2)).astype(np.float32) ** 9
+    rows, told = {"a": numbers, "b": [np.arange(7, dtype=np.int32)]}, []
+    monkeypatch.setattr(numpy_threads, "max_threads", lambda: n_threads)
+    monkeypatch.setattr(numpy_threads, "set_threads", told.append)
+
+    def f(row):
+        if backend == "numpy":
+            time.sleep(0.002 * (6 - int(row["b"][0])))
+        return row["a"].sum(), {"b": row["b"][0] * 2}
 
     computing = backends.get(backend)
-    rows = {"a": np.arange(6.0, dtype=np.float32).reshape(3, 2), "b": [np.array([7, 8, 9], np.int32)]}
-    carry, ys = computing.to_numpy(computing.scan(f, {"n": backends.np.array(np.float32(1))}, rows))
-    assert (carry["n"], ys[0].tolist(), ys[1].tolist()) == (16, [1, 2, 7], [7, 8, 9])
+    total, found = computing.to_numpy(computing.jit(functools.partial(computing.sum_over, f))(rows))
+    assert total == functools.reduce(np.add, numbers.sum(axis=1))
+    assert found["b"] == 42
+    assert told == ([1, 3] if backend == "numpy" and n_threads == 3 else []), "one BLAS thread each, then as before"
 
 
 @pytest.mark.parametrize("n_windows", [1, 3, 4, 6])

@@ -6,7 +6,8 @@ backends/numpy_grad.py). AdamW moves the parameters a little against the gradien
 
     state, loss = step(state, batch, n_done, rate)        state is optimizer.init_state(params); n_done steps precede
 
-Everything here is a function of its arguments. JAX compiles it; of its argument `state` only the result lives on.
+Everything here is a function of its arguments. JAX compiles it, and reuses the memory of `state` for the result: after
+a call, use only the returned state.
 """
 
 import functools
@@ -65,15 +66,12 @@ def make_step(library, loss_of, micro_batch_size, seed=0, clip=1.0, **adamw_sett
 
     @functools.partial(library.jit, donate_argnums=0)
     def step(state, batch, n_done, rate):
-        def accumulate(total, part):
-            loss, gradients = gradient_of(state["params"], *part)
-            return tree_map(lambda a, b: a + b, total, gradients), loss
-
         keys = dropout_keys(seed, n_done, len(batch))
         parts = [array.reshape(-1, micro_batch_size, array.shape[-1]) for array in (batch, keys)]
-        total, losses = library.scan(accumulate, tree_map(np.zeros_like, state["params"]), parts)
-        gradients = optimizer.clip_by_global_norm(tree_map(lambda g: g / len(losses), total), clip)
-        return optimizer.adamw(state, gradients, n_done, rate, **adamw_settings), np.mean(losses)
+        total = library.sum_over(lambda part: gradient_of(state["params"], *part), parts)
+        loss, gradients = tree_map(lambda array: array / len(parts[0]), total)
+        gradients = optimizer.clip_by_global_norm(gradients, clip)
+        return optimizer.adamw(state, gradients, n_done, rate, **adamw_settings), loss
 
     return step
 
