@@ -14,10 +14,10 @@ Encoding takes four steps, each a few lines below:
 1. The text is split into pieces: words, numbers, runs of signs, runs of white space. No token crosses the border of a
    piece, so that "dog", "dog." and "dog!" share the token "dog" instead of each having a token of its own.
 2. Each piece becomes bytes, in UTF-8. There are only 256 bytes, all of them tokens, so there is no text that has no
-   encoding. An emoji is four bytes: two to four tokens, unless it was frequent enough for a token of its own.
-3. Within a piece, neighbouring symbols are merged: first the pair with the lowest rank, which is its line number in
-   vocab.bpe, the order in which training found it. This is repeated until no two neighbours have a rank.
-4. Each symbol that is left has an id in encoder.json.
+   encoding. Most emoji are four bytes: two to four tokens, unless it was frequent enough for a token of its own.
+3. Within a piece, neighbouring symbols are merged: first the pair with the lowest rank, which is its place in the list
+of merges, the order in which training found it. This is repeated until no two neighbours have a rank. 4. Each symbol
+that is left has an id in encoder.json.
 
 Decoding joins the bytes of the tokens. A token may end in the middle of a character (the first token of an emoji does),
 so the bytes are decoded as UTF-8 only when they are all there.

@@ -5,9 +5,9 @@ Its output is, for each position, n_vocab numbers called logits: one score for e
 that token is likely to come next. To generate text, take the best-scoring token after the last position, append it to
 the input, and call the function again. That loop is `generate`, near the end of this file.
 
-The model is a stack of identical blocks. Each token is represented by a vector of n_embd numbers; a block reads these
-vectors and adds to them. Attention (mha) moves information between positions, the feed-forward network (ffn) transforms
-each position by itself.
+The model is a stack of blocks of the same form, each with its own parameters. Each token is represented by a vector of
+n_embd numbers; a block reads these vectors and adds to them. Attention (mha) moves information between positions, the
+feed-forward network (ffn) transforms each position by itself.
 
 The parameters (weights) are a nested dict with the names of OpenAI's checkpoint, so a function of the model is called
 as `layer_norm(x, **ln_1)`: the keys of the dict are the names of the arguments. weights/tensorflow.py reads the files.
@@ -17,8 +17,8 @@ Shapes         `# [in] -> [out]` at the end of a line gives the shape before and
                represent one token; n_layer blocks; n_head heads of d_head = n_embd / n_head numbers each.
 Libraries      `np` computes with NumPy or JAX, whichever the arrays belong to: see backends/__init__.py.
 Dtypes         float32, float64 or bfloat16: the result has the dtype of the input. `@keeps_dtype` makes this true for
-               bfloat16; for the other two it does nothing: skip it on a first reading. Constants are Python floats, as
-               a NumPy float64 would turn every float32 array that it meets into float64.
+               bfloat16; for the other two it changes no result: skip it on a first reading. Constants are Python
+               floats, as a NumPy float64 would turn every float32 array that it meets into float64.
 
 [GPT-2]        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
 [Transformer]  Vaswani et al. 2017, "Attention Is All You Need"
@@ -28,7 +28,7 @@ The names and signatures follow Jay Mody's article "GPT in 60 Lines of NumPy" (2
 if __name__ == "__main__":  # run as a program: Ctrl-C ends it from here on, even while NumPy is being imported
     import sys
 
-    sys.path.insert(0, __file__.removesuffix("gpt2.py"))  # python -P leaves it out
+    sys.path.insert(0, __file__.removesuffix("gpt2.py"))  # with python -P this folder is not on the path
     import cli
 
     cli.leave_on_ctrl_c()
@@ -120,7 +120,7 @@ def attention(q, k, v, mask):
     """
     scores = attention_scores(q, k)  # [..., n_query, d_head] -> [..., n_query, n_key]
     # -1e10, as in OpenAI's code: so far below any score that softmax makes it exactly 0. With minus infinity, a row
-    # that is masked completely would give NaN.
+    # that is masked completely would give NaN. dtype.type, as a Python float would turn bfloat16 into float32.
     weights = softmax(np.where(mask, scores, scores.dtype.type(-1e10)))
     return weights @ v  # [..., n_query, n_key] -> [..., n_query, d_head]
 
@@ -215,7 +215,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):
 def check_inputs(inputs, n_new, n_vocab, n_ctx):
     """Raises ValueError unless all ids are in the vocabulary and the prompt plus n_new tokens fit into n_ctx.
 
-    Called once, before generation: NumPy would take id -1 for the last row of wte, and JAX any id that is too large.
+    Called once, before generation: NumPy reads id -1 as the last row of wte, JAX reads any id that is too large as the
+    last row, and neither raises.
     """
     n_seq = len(inputs)
     if n_seq == 0 or n_new < 0:
@@ -245,7 +246,8 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
 
 
 def main(prompt, n_tokens_to_generate=40, model_size="", models_dir=None):
-    """Prints the continuation of a text: the whole way from text to text. The command line has more: see below."""
+    """Prints the continuation of a text: the whole way from text to text, for use from Python. The command line below
+    runs inference/__main__.py, which adds a cache, sampling and flags."""
     import utils
 
     encoder, hparams, params = utils.load_model(model_size, models_dir)
@@ -254,7 +256,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="", models_dir=None):
     print(encoder.decode(output_ids))
 
 
-if __name__ == "__main__":  # python gpt2.py "prompt": the same with a cache, sampling and all flags of inference/
+if __name__ == "__main__":  # python gpt2.py "prompt"
     from inference.__main__ import main as front_door
 
     cli.run(front_door, "gpt2.py")

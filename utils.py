@@ -54,7 +54,7 @@ def load_encoder_hparams_and_params(model_size, models_dir=None, base_url=None):
 
 
 def load_model(model_size="", models_dir=None, base_url=None):
-    """The same for a front door: the model that choose_model chooses."""
+    """As above, but without a name it is the model that choose_model chooses. For programs."""
     return load_folder(choose_model(model_size, models_dir, base_url))
 
 
@@ -69,7 +69,7 @@ def load_folder(folder):
 
 
 def choose_model(model_size="", models_dir=None, base_url=None):
-    """The folder of a model for a front door. If no size is named, that is 124M; and if 124M is neither on disk nor
+    """The folder of a model for a program. If no size is named, that is 124M; and if 124M is neither on disk nor
     reachable, it is the embedded model, and one line on stderr says so."""
     try:
         return find_model(model_size or SIZES[0], models_dir, base_url)

@@ -70,7 +70,8 @@ def update(buffer, new, start):
 
 
 def keeps_dtype(layer=None, *, compute=None):
-    """Decorates a layer: its result gets the dtype of its first argument. Only bfloat16 needs it.
+    """Decorates a layer: its result gets the dtype of its first argument. Only bfloat16 needs it. (A batch inside
+    NumPy's vmap also takes a short cut here.)
 
     float32 and float64 keep their dtype by themselves. For bfloat16 NumPy answers in float32, so the result is rounded
     back. compute="float32" also converts the argument first: bfloat16 has 8 significant bits, too few for long sums. It
@@ -81,8 +82,9 @@ def keeps_dtype(layer=None, *, compute=None):
 
     @functools.wraps(layer)
     def wrapped(x, *args, **kwargs):
-        if compute and hasattr(x, "apply_layer"):  # all rows of a batch at once: see numpy_vmap.py
-            return x.apply_layer(wrapped, layer, args, kwargs)
+        # A tracer of numpy_vmap.py or numpy_grad.py may know a way to do a whole layer at once.
+        if compute and hasattr(x, "apply_layer") and (y := x.apply_layer(wrapped, args, kwargs)) is not None:
+            return y
         if x.dtype.itemsize != 2:
             return layer(x, *args, **kwargs)
         return layer(x if compute is None else x.astype(compute), *args, **kwargs).astype(x.dtype)

@@ -85,7 +85,7 @@ def sum_over(f, rows):
 
 
 def tune(step):
-    """step itself: XLA's threads do not wait for each other in a way that needs tuning."""
+    """step itself: JAX manages its own threads."""
     return step
 
 

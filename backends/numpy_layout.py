@@ -98,7 +98,7 @@ def keep_freed_memory():
     """Makes this process keep up to 62 MiB of the memory that it frees, and use it for the next arrays.
 
     By itself glibc returns freed memory to the system and gets it back page by page, which costs an eighth of the time
-    of a prompt of 512 tokens. Its threshold adapts: it keeps twice the size of the largest array freed so far, if that
-    is below 32 MiB (mallopt(3), M_MMAP_THRESHOLD; MALLOC_ variables overrule it). So one such array is freed here.
+    of a prompt of 512 tokens. After an array below 32 MiB has been freed, glibc keeps up to twice its size (mallopt(3),
+    M_MMAP_THRESHOLD; MALLOC_ variables overrule it). So an array of 31 MiB is freed here once.
     """
     numpy.empty(31 << 20, numpy.uint8)

@@ -5,8 +5,8 @@ each other, and a decode step consists of many products that take less than a mi
 are faster than one, by a fifth. But when another program needs one of the cores, each product waits until the operating
 system lets the second thread run, and a step takes two to eight times as long as with one thread.
 
-So steps are timed with either number of threads now and then, and the faster one is kept. The last bits of the logits
-depend on the number of threads, because the terms of a sum are added in another order.
+So steps are timed now and then with one thread, with half of the threads and with all, and the fastest number is kept.
+The last bits of the logits depend on the number of threads, because the terms of a sum are added in another order.
 """
 
 import collections
@@ -21,7 +21,7 @@ import time
 
 import numpy
 
-SHARE = 0.02  # of the time may go into trials of a slower number of threads
+SHARE = 0.02  # the part of the time that trials of slower numbers of threads may cost
 VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
 
@@ -95,9 +95,9 @@ class Choice:
 def choose(numbers, n):
     """A generator: yields how many threads the next step is to have, and is sent how many seconds that step took.
 
-    It begins with n, and tries each other of `numbers` in turn, for three steps. Then it waits until the time that the
-    trial cost is SHARE of the time since, so the slower a trial was, the later comes the next. After each change some
-    steps do not count: BLAS threads that are not needed any more keep their cores busy for a while.
+    It begins with n, and tries each other of `numbers` in turn, for three steps. Then it waits (extra time of the
+    trial) / SHARE seconds, so the slower a trial was, the later comes the next. After each change some steps do not
+    count: BLAS threads that are not needed any more keep their cores busy for a while.
     """
     usual = collections.deque((yield from run(n, 4))[2:], maxlen=8)
     for other in itertools.cycle(numbers):

@@ -2,17 +2,17 @@
 
 What vmap is: an array with a batch axis that the code does not see. f is called once, with tracers. A tracer of 16
 sequences holds an array [16, n_seq, n_embd] and says that its shape is [n_seq, n_embd]. For each operation the table
-RULES below knows how to do all rows at once, mostly by counting one axis further:
+RULES below knows how to do all rows at once, mostly by adding 1 to the number of the axis:
 
     in f                              what is computed for all rows
-    x + y                             x + y, after axes of length 1 have made both as deep
+    x + y                             x + y, after adding axes of length 1, so that both have equally many
     x.sum(axis=0)                     x.sum(axis=1)
     x @ w, the same w for all rows    [n_batch * n_seq, n_in] @ w: one product, which reads w once, not n_batch times
     table[ids]                        table[ids], with ids [n_batch, n_seq]
     update(buffer, new, start)        each row at its own start
 
-An argument whose axis is None becomes a tracer too, one without the hidden axis: only so does `table[ids]` come here if
-the table is the same for all rows. An operation without a rule is refused.
+An argument whose axis is None becomes a tracer too, one without the hidden axis: because a NumPy table cannot be
+indexed by a tracer. An operation without a rule is refused.
 """
 
 import functools
@@ -27,7 +27,7 @@ from weights.params import tree_map
 
 
 def vmap(f, in_axes=0):
-    """f for one -> f for a batch: the arguments whose axis is 0 hold one per row, those with None serve all rows.
+    """f for one -> f for a batch: an argument with axis 0 has one entry for each example, one with None is shared.
 
     Arguments and results are trees of arrays, and each array of the result has one row per example. Raises ValueError
     for another axis, or for arrays whose axes 0 differ in length; NotImplementedError for an operation without a rule.
@@ -105,14 +105,14 @@ class BatchTracer(Tracer):
             raise NotImplementedError(f"vmap on NumPy has no rule for {name}: add one to RULES in numpy_vmap.py")
         return BatchTracer(level, RULES[name](f, *args, **kwargs), True)
 
-    def apply_layer(self, wrapped, layer, args, kwargs):
-        """A layer of [..., n] arrays takes the batch axis for one more of the `...`: for all rows it is one call, not a
-        rule for each of its operations. That is so unless its other arguments have a batch axis too."""
-        others = [x for x in (*args, *kwargs.values()) if isinstance(x, BatchTracer) and x.level == self.level]
-        if not self.batched or any(x.batched for x in others):
-            return layer(self, *args, **kwargs)
+    def apply_layer(self, layer, args, kwargs):
+        """A layer of [..., n] arrays accepts any number of leading axes, so it is called once, with the batch axis in
+        front. Returns None if another argument has a batch axis too, or a higher level: then the rules compute it."""
+        others = [x for x in (*args, *kwargs.values()) if isinstance(x, Tracer) and x.level >= self.level]
+        if not self.batched or any(x.level > self.level or x.batched for x in others):
+            return None
         values = tree_map(lambda x: x.value if any(x is other for other in others) else x, (args, kwargs))
-        return BatchTracer(self.level, wrapped(self.value, *values[0], **values[1]), True)
+        return BatchTracer(self.level, layer(self.value, *values[0], **values[1]), True)
 
 
 class Rows:

@@ -76,7 +76,8 @@ def extend(beams, totals, num_beams, end_ids):
     """The best extensions of `beams` by one token, best first: (those that end, those that go on, the index of the beam
     that each of the latter extends).
 
-    The best 2 * num_beams are considered. One that ends counts only if it is among the first num_beams of them.
+    The best 2 * num_beams are considered, more if there are several end ids. One that ends counts only if it is among
+    the first num_beams of them.
     """
     children = numpy.argsort(-totals, axis=None, kind="stable")[: max(2, 1 + len(end_ids)) * num_beams]
     ended, going_on, parents = [], [], []

@@ -14,7 +14,7 @@ A step is a pure function, the cache goes in and comes out:
 
 The same call computes a prompt at once (prefill), in chunks, or one token at a time (decode), with the same logits.
 
-Cost: n tokens take n forward passes of one token, in place of 1 + 2 + ... + n (Pope et al. 2022, "Efficiently Scaling
+Cost: n rows go through the model instead of 1 + 2 + ... + n (Pope et al. 2022, "Efficiently Scaling
 Transformer Inference", section 2). What is new in this file is marked by the three arguments cache, position and mask.
 """
 
@@ -81,7 +81,8 @@ def forward(params, tokens, cache, position, last=None, *, n_head, jit=lambda f:
     """
     positions = position + np.arange(len(tokens))
     x = embed(tokens, params["wte"], params["wpe"][positions])  # [n_seq] -> [n_seq, n_embd]
-    # A position that is a number tells how much of the cache is filled. A traced one does not: the mask hides the rest.
+    # If position is an int, it tells how much of the cache is filled. Under jit it is a tracer: the mask hides the
+    # rest.
     n_key = position + len(tokens) if isinstance(position, (int, numpy.integer)) else cache[0][1].shape[-2]
     mask = np.arange(n_key) <= positions[:, None]  # -> [n_seq, n_key]
     block_step = jit(functools.partial(transformer_block, n_head=n_head))  # all blocks are alike: JAX traces one
@@ -113,7 +114,7 @@ def make_model(params, n_head, library, end_ids=(), stop_at_eos=False):
 def load(folder, library, dtype="float32"):
     """(Encoder, Model) of a model folder. Raises OSError for one that is damaged."""
     encoder, hparams, params = utils.load_folder(folder)
-    params = library.prepare(cast(params, dtype))  # rebinds params: an older tree would keep what prepare releases
+    params = library.prepare(cast(params, dtype))  # the same name, so that no variable keeps the old arrays in memory
     return encoder, make_model(params, hparams["n_head"], library, *utils.read_ending(folder, encoder, hparams))
 
 

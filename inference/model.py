@@ -43,7 +43,7 @@ class Model(NamedTuple):
 
 
 def load(model_size="", models_dir=None, base_url=None, backend="numpy", dtype="float32"):
-    """(tokenizer, Model) of a model by its name: the one place that chooses the architecture.
+    """(tokenizer, Model) of a model by its name: the one place that chooses the architecture (so far there is one).
 
     Without a name it is 124M, or the embedded model if 124M cannot be had. Raises ValueError and OSError as
     utils.load_encoder_hparams_and_params does, for an unknown backend and for an unknown dtype.

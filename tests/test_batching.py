@@ -97,13 +97,13 @@ def random_sequence(words, seed):
     return Sequence(words, ids, n_new, params, end_ids=rng.sample(range(512), 20), seed=seed)
 
 
-@pytest.mark.parametrize(("backend", "seed"), [("numpy", 0), ("numpy", 1), ("numpy", 2), ("numpy", 3), ("jax", 0)])
-def test_sequences_join_and_leave_at_any_time(small, backend, seed):
+@pytest.mark.parametrize(("backend", "seed", "n"), [*(("numpy", seed, 20) for seed in range(4)), ("jax", 9, 8)])
+def test_sequences_join_and_leave_at_any_time(small, backend, seed, n):
     """Each one gets what it gets alone, whoever comes and goes beside it and however full the slots are."""
     words, params = small
     model, rng = model_of(params, 2, backend), random.Random(seed)
     batch, pieces, removed = batching.Batch(model, N_SLOTS, N_TOKENS), {}, set()
-    waiting = [random_sequence(words, 100 * seed + i) for i in range(20)]
+    waiting = [random_sequence(words, 100 * seed + i) for i in range(n)]
     sequences = waiting[:]
     while waiting or batch.sequences():
         active, event = batch.sequences(), rng.random()
@@ -114,7 +114,7 @@ def test_sequences_join_and_leave_at_any_time(small, backend, seed):
         elif waiting and (event < 0.4 or not active):
             batch.add(waiting.pop())
             continue
-        if active and event > 0.95:
+        if active and event > 0.9:
             removed.add(leaving := rng.choice(active))
             batch.remove(leaving)
         elif active:

@@ -243,7 +243,7 @@ REFUSED = {
     "git-lfs": (as_pointer, "a pointer of git-lfs, not the file itself: run `git lfs pull`"),
     "a shard less": (a_shard_less, "model-00002-of-.*No such file"),
     "no weights": (without("model.safetensors"), "model.safetensors: No such file"),
-    "no tokenizer": (without("tokenizer.json"), "encoder.json: No such file"),
+    "no tokenizer": (without("tokenizer.json"), "vocab.bpe: No such file"),
     "a space before": (lambda f: make(f, tokenizer=golden_tokenizer(add_prefix_space=True)), "add_prefix_space is"),
     "a token before": (lambda f: make(f, tokenizer=golden_tokenizer(add_bos_token=True)), "adds tokens to each text"),
     "WordPiece": (with_another_tokenizer, "tokenizer.json: .* no other kind of tokenizer is supported; choose"),
@@ -426,6 +426,35 @@ def other_type(header):
     return header
 
 
+def with_config(**values):
+    return lambda folder: edit_json(folder / "config.json", lambda config: config.update(values))
+
+
+def with_edited_tensors(edit):
+    return lambda folder: edit_tensors(folder, edit)
+
+
+SAME = {  # changes that leave the model the same
+    "the head alone": with_edited_tensors(with_head_alone),
+    "the head twice": with_edited_tensors(with_head),
+    "the mask": with_edited_tensors(with_buffers),
+    "n_ctx": with_config(n_ctx=16),
+    "n_inner": with_config(n_inner=192),
+    "gelu_pytorch_tanh": with_config(activation_function="gelu_pytorch_tanh"),
+    "gelu_fast": with_config(activation_function="gelu_fast"),
+    "merges as strings": lambda folder: edit_json(folder / "tokenizer.json", as_strings),
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_changes_that_leave_the_model_the_same(tmp_path, kind, golden):
+    SAME[kind](newer(tmp_path / "hf"))
+    ours, hparams, params = load(tmp_path / "hf")
+    assert (ours.ranks, hparams) == (golden["encoder"].ranks, golden["hparams"])
+    for name, array in flatten(params).items():
+        assert np.array_equal(array, flatten(golden["params"])[name]), name
+
+
 WTE = "transformer.wte.weight"
 DAMAGES = {
     "a path out of the folder": (damage_places(lambda p: p.update({WTE: "../x"})), "weight_map must say"),
@@ -446,6 +475,12 @@ DAMAGES = {
     "a huge header": (
         lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 5 + b"\0" * 900),
         "no safetensors file",
+    ),
+    "another head": (with_edited_tensors(with_stranger), "lm_head.weight differs from wte.weight"),
+    "gelu with erf": (with_config(activation_function="gelu"), "activation_function is 'gelu', GPT-2's is 'gelu_new'"),
+    "a pickle": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        r"GPT2LMHeadModel.from_pretrained",
     ),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors"),
     "HDF5": (lambda f: (f / "model.safetensors").rename(f / "tf_model.h5"), "tf_model.h5 cannot be read here"),

@@ -28,7 +28,7 @@ SOURCES = {
     for path in (*ROOT.glob("*.py"), *ROOT.glob("[!t.]*/*.py"), *ROOT.glob("t[!e]*/*.py"))
 }
 GUARD = "if __name__ == '__main__':"
-PROGRAMS = [path for path, body in SOURCES.items() if body and ast.unparse(body[-1]).startswith(GUARD)]
+PROGRAMS = [path for path, body in SOURCES.items() if body and "cli.run(" in ast.unparse(body[-1])]
 
 
 # ---- Flags ----

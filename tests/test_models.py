@@ -93,7 +93,7 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "cannot write" in done.stderr
-    assert "what was there before still is" in done.stderr
+    assert "the old file is unchanged" in done.stderr
     assert (tmp_path / "config.json").read_text() == "old"
     assert os.listdir(tmp_path) == ["config.json"]
 

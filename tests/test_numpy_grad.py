@@ -232,6 +232,15 @@ def test_one_matrix_that_is_no_argument_serves_all_rows(n_rows):
     assert_close(pairs, (x[:, None] * x) @ w, 1e-12)
 
 
+@pytest.mark.parametrize("in_axes", [(0, 0), (0, None), (None, 0)])
+def test_the_gradient_of_a_layer_by_any_of_its_arguments_for_each_row(in_axes):
+    """By the gain of layer_norm, where x belongs to the vmap outside only."""
+    args = [rng.normal(size=5 if axis is None else (3, 5)) for axis in in_axes]
+    each = lambda x, g: grad(lambda g: np.sum(np.sin(gpt2.layer_norm(x, g, b=0.5))))(g)  # noqa: E731
+    alone = [each(*(x if axis is None else x[i] for x, axis in zip(args, in_axes, strict=True))) for i in range(3)]
+    assert_close(vmap(each, in_axes)(*args), numpy.stack(alone), 1e-12)
+
+
 def test_levels_are_not_confused():
     """The classic example: d/dx of x * (d/dy of x + y) is 1. Who takes the inner x for another y gets 2."""
     assert grad(lambda x: x * grad(lambda y: x + y)(1.0))(1.0) == 1

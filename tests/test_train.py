@@ -347,7 +347,7 @@ def test_a_full_disk_met_by_the_metrics(start, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Run, "log", full)
     status, _, err = start()
     assert status == 1
-    assert "metrics.jsonl: No such file or directory; what was saved before still is" in err.splitlines()[-1]
+    assert "metrics.jsonl: No such file or directory; what was saved before is unchanged" in err.splitlines()[-1]
 
 
 def test_a_second_run_into_the_same_folder_is_refused(ids, start, tmp_path):

@@ -242,4 +242,4 @@ def main(prompt: str = "Once upon a time", *, model_size: str = "3M", models_dir
 
 
 if __name__ == "__main__":
-    cli.run(main, "python -m tools.diff")
+    cli.run(main, "-m tools.diff")

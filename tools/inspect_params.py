@@ -43,4 +43,4 @@ def main(model_size: str = "3M", *, models_dir: str = ""):
 
 
 if __name__ == "__main__":
-    cli.run(main, "python -m tools.inspect_params")
+    cli.run(main, "-m tools.inspect_params")

@@ -3,7 +3,7 @@
     python -m training.evaluate models/3M text.txt
 
 A model sees at most n_ctx tokens. A longer text is read through a window of that size, which moves on by `stride`
-tokens; of its predictions only those count that the window before did not make, so that each token counts once. All of
+tokens; a prediction that the window before made already is not counted again, so that each token counts once. All of
 them but those of the first window have at least n_ctx - stride tokens before them. A smaller stride gives the
 predictions more context, so usually a lower loss, and takes more time: publish a perplexity together with its stride.
 A perplexity is per token, so it compares only models with the same tokenizer. Bits per byte compare all.

@@ -37,8 +37,9 @@ def forward(params, inputs, n_head, drop):
 
 def dropout(rate, key):
     """A function of x, [n_seq, n_embd], that sets each number to 0 with probability `rate` and divides the others by
-    1 - rate, so that the mean stays as it was (Srivastava et al. 2014, section 10). No number can be relied on, so
-    none comes to matter only together with one certain other. Each call draws anew; key is one row of dropout_keys."""
+    1 - rate, so that the mean stays as it was (Srivastava et al. 2014, section 10). Any number may be missing, so the
+    model cannot come to depend on a particular pair of numbers. Each call draws anew; key is one row of
+    dropout_keys."""
     if rate == 0:
         return lambda x: x
     threshold, n_calls = numpy.uint32(min(round(rate * 2**32), 2**32 - 1)), itertools.count()

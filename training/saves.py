@@ -38,10 +38,10 @@ def array_name(path):
     return ".".join(map(str, path))
 
 
-def save_best(folder, step, hparams, params):
+def save_best(folder, step, hparams, params, ending=None):
     """Writes the model that `folder` is loaded as from now on. The one before it is kept: another process may be
     loading it."""
-    save_model(folder, hparams, params, name=f"model.ckpt-{step}")
+    save_model(folder, hparams, params, name=f"model.ckpt-{step}", ending=ending)
     found = {int(match[1]) for path in Path(folder).iterdir() if (match := re.search(r"\.ckpt-(\d+)\.", path.name))}
     for old in sorted(found - {step})[:-1]:
         for path in Path(folder).glob(f"model.ckpt-{old}.*"):

@@ -6,7 +6,8 @@ backends/numpy_grad.py). AdamW moves the parameters a little against the gradien
 
     state, loss = step(state, batch, n_done, rate)        state is optimizer.init_state(params); n_done steps precede
 
-Everything here is a function of its arguments. JAX compiles it; of its argument `state` only the result lives on.
+Everything here is a function of its arguments. JAX compiles it, and reuses the memory of `state` for the result: after
+a call, use only the returned state.
 """
 
 import functools

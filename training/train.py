@@ -36,7 +36,14 @@ from weights.files import locked, new_folder, replacing
 from weights.params import flatten, tree_map, unflatten
 
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 192, "n_ctx": 256}
-FREE = ("data", "out", "n_steps", "patience", "resume", *SIZES)  # may differ on --resume; for SIZES, see hparams
+FREE = (
+    "data",
+    "out",
+    "n_steps",
+    "patience",
+    "resume",
+    *SIZES,
+)  # not compared on --resume; the sizes are compared as hparams
 N_EVALUATED = 65_536  # tokens of each part of the data, at most, for an evaluation
 
 
@@ -58,21 +65,17 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
         n_embd: the size of the vector that stands for one token; left out: 192
         n_ctx: tokens that the model can see; left out: 256; beside --init_from, at most as many as that model
         init_from: start from this model, with its sizes and its tokenizer; left out: start from random numbers
-        n_steps: how often to change the parameters; beside --resume it may be larger: the cosine is then that of it
-        batch_size: windows of n_ctx tokens for one step
-        micro_batch_size: windows in memory together, a divisor of batch_size; left out: up to 4 on a CPU, else all
-        learning_rate: the peak; it is reached after the warm-up, then falls to a twentieth along half a cosine
-        warmup: steps in which the learning rate rises
-        beta2: how slowly AdamW forgets squared gradients, 0 to less than 1; 0.95 to 0.999 is usual
-        weight_decay: how much a matrix is pulled towards 0, times the learning rate
-        clip: the largest norm of a gradient; a larger one is scaled down to it
-        dropout: the share of activations to set to 0 while training, 0 to less than 1
-        dtype: float32, or bfloat16 with float32 master weights
-        eval_every: steps from one evaluation, sample and save to the next
-        patience: stop after so many evaluations without a lower validation loss; 0: never
-        seed: the same seed trains the same model on the same machine
-        backend: numpy or jax; left out: jax if it is installed, else numpy
-        resume: go on from the last save in --out; give the other flags as before, but for a larger --n_steps
+        n_steps: how often to change the parameters; with --resume it may be larger: the learning rate then follows the
+        new number batch_size: windows of n_ctx tokens for one step micro_batch_size: windows in memory together, a
+        divisor of batch_size; left out: up to 4 on a CPU, else all learning_rate: the peak; it is reached after the
+        warm-up, then falls to a twentieth along half a cosine warmup: steps in which the learning rate rises beta2: how
+        slowly AdamW forgets squared gradients, 0 to less than 1; 0.95 to 0.999 is usual weight_decay: how much a matrix
+        is pulled towards 0, times the learning rate clip: the largest norm of a gradient; a larger one is scaled down
+        to it dropout: the share of activations to set to 0 while training, 0 to less than 1 dtype: float32, or bfloat16
+        with float32 master weights eval_every: steps from one evaluation, sample and save to the next patience: stop
+        after so many evaluations without a lower validation loss; 0: never seed: the same seed trains the same model on
+        the same machine backend: numpy or jax; left out: jax if it is installed, else numpy resume: go on from the last
+        save in --out; give the other flags as before, but for a larger --n_steps
     """
     settings = SimpleNamespace(**locals())
     settings.backend = backend or ("jax" if importlib.util.find_spec("jax") else "numpy")
@@ -162,7 +165,7 @@ class Run:
         self.counters = {"step": 0, "best": math.inf, "best_step": 0, "n_worse": 0, "settings": fixed}
 
     def begin(self):
-        """Makes the folder with the first save. It gets its name when it holds all that loading it takes."""
+        """Makes the folder with the first save. It is renamed to its final name when it is complete."""
         if self.folder.exists():
             hint = "--resume goes on with its run" if saves.saved_steps(self.folder) else "delete it"
             raise ValueError(f"{self.folder} is there already: {hint}, or name another folder with --out")
@@ -236,7 +239,7 @@ class Run:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise OSError(f"cannot write {path}: {error.strerror}; what was saved before still is") from None
+            raise OSError(f"cannot write {path}: {error.strerror}; what was saved before is unchanged") from None
 
     def evaluate(self):
         """Computes both losses, without dropout, and prints them with a sample. Saves the run, and the model if its
@@ -249,7 +252,10 @@ class Run:
         counters["n_worse"] += 1
         if losses["validation"] < counters["best"]:
             counters |= {"best": losses["validation"], "best_step": counters["step"], "n_worse": 0}
-            saves.save_best(self.folder, counters["step"], self.hparams, self.library.to_numpy(params))
+            # <|endoftext|> stands between the texts of the data, so the model learns to end a text with it.
+            ids = [i for i in [self.encoder.end_of_text] if i is not None]
+            ending = utils.Ending(tuple(ids), True) if ids else None
+            saves.save_best(self.folder, counters["step"], self.hparams, self.library.to_numpy(params), ending)
         saves.save_run(self.folder, counters["step"], self.library.to_numpy(self.state), counters)
         self.draw_losses()
         pace = self.settings.batch_size * self.hparams["n_ctx"] / statistics.median(self.seconds or [math.inf])

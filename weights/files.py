@@ -93,7 +93,7 @@ def replacing(path):
                 os.fsync(file.fileno())
             os.replace(part, path)
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}; what was there before still is") from None
+        raise OSError(f"cannot write {path}: {error.strerror or error}; the old file is unchanged") from None
 
 
 def write_text(path, text):

@@ -6,7 +6,7 @@ The format is simpler than the 1.3 GB package that usually reads it. Two files:
     model.ckpt.index                 a sorted table: tensor name -> number type, shape, offset, size, checksum
 
 The table, a few kB, is parsed. The numbers are memory-mapped: the operating system reads a page of the file when it is
-first used, so loading takes no time and no copy.
+first used, so loading makes no copy. Files up to 100 MB are read once on load, to compare their checksums.
 
 Sources: LevelDB's doc/table_format.md (the index), TensorFlow's tensor_bundle.proto (its values), Protocol Buffers,
 "Encoding" (how these are written).
@@ -120,8 +120,8 @@ def damages(index_path, data_path):
 
 
 def read_index(path):
-    """{tensor name: Entry} of an .index file. Raises OSError naming the file if it is damaged, or made to take long:
-    its size, and that of each part, is limited, and no block may be listed twice."""
+    """{tensor name: Entry} of an .index file. Raises OSError naming the file if it is damaged, or built to take very
+    long: its size, and that of each part, is limited, and no block may be listed twice."""
     check_regular(path, MAX_INDEX)
     data = Path(path).read_bytes()
     try:

@@ -39,12 +39,12 @@ def read_tokenizer(folder):
     if (file := folder / "tokenizer.json").exists():
         ids, merges, added = read_tokenizer_json(file)
     elif (file := folder / "vocab.json").exists():
-        ids, merges = read_json(file), read_merges(folder / "merges.txt")
+        merges, ids = read_merges(folder / "merges.txt"), read_json(file)
         if (added_file := folder / "added_tokens.json").exists():
             added = read_json(added_file)
     else:
         file = folder / "encoder.json"
-        ids, merges = read_json(file), read_merges(folder / "vocab.bpe")
+        merges, ids = read_merges(folder / "vocab.bpe"), read_json(file)
     if file.name != "encoder.json" and (config := folder / "tokenizer_config.json").exists():
         for name in {"add_prefix_space", "add_bos_token"} & {key for key, value in read_json(config).items() if value}:
             raise OSError(f"{config}: {name} is on, which GPT-2's tokenizer does not do: {NO_OTHER}")
