@@ -48,10 +48,10 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         backend: numpy, or jax (compiled, and on an accelerator if there is one)
         dtype: float32, bfloat16 (half the memory, 2 to 3 digits) or float64
         prompt_file: a UTF-8 file with the prompt, - for stdin
-        temperature: 0: always the likeliest token; above 0 the text varies, more the higher it is; 1: the model's own
+        temperature: 0: always the likeliest token; above 0: the higher, the more varied; 1: the model's own
         top_k: draw from the k likeliest tokens only; 0: from all
         top_p: draw from the fewest tokens that have this probability together, above 0; 1: from all
-        min_p: draw from tokens with at least this fraction of the likeliest one's probability, 0 to 1; 0: from all
+        min_p: draw from tokens with this fraction of the likeliest one's probability or more, up to 1; 0: all
         seed: the same seed draws the same text, 0 or more; left out: another one each time
         repetition_penalty: above 1, tokens of the prompt and the new text become less likely; 0.01 to 100; 1: off
         no_repeat_ngram_size: never repeat a sequence of this many tokens; 0: off
