@@ -65,7 +65,7 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         num_beams: search for the likeliest text with this many beams, up to 1024; 1: off
         length_penalty: for beams, -10 to 10: above 0 favours long texts; 1: the mean log-probability
         early_stopping: for beams: false, true or never: when enough have ended (inference/beam.py)
-        json: a JSON object a line: prompt, text, token_ids, log_probabilities (for beams: score), stop_reason, seconds
+        json: a JSON object a line: prompt, text, token_ids, log_probabilities (score), stop_reason, seconds
         trace: show this many candidates for each token on stderr, up to 20; 0: off
     """
     flags = SimpleNamespace(**locals())
