@@ -157,6 +157,8 @@ def read_ending(folder, encoder, hparams):
 def ids_without_token(encoder, n_vocab, end_ids=()):
     """The ids below n_vocab that must not be chosen: those for which the tokenizer has no token, but end_ids. A model
     may have more rows in wte than its tokenizer has tokens: padding to a round number, or gaps in the ids."""
+    if len(encoder.spellings) == n_vocab:
+        return ()
     return tuple(sorted(set(range(n_vocab)) - encoder.spellings.keys() - set(end_ids)))
 
 

@@ -15,13 +15,12 @@ import functools
 import itertools
 import math
 import os
-import statistics
 import threading
 import time
 
 import numpy
 
-SHARE = 0.02  # the part of the time that trials of slower numbers of threads may cost
+SHARE = 0.01  # the part of the time that trials of slower numbers of threads may cost
 VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
 
@@ -103,10 +102,10 @@ def choose(numbers, n):
     for other in itertools.cycle(numbers):
         if other == n:
             continue
-        expected = statistics.median(usual)
+        expected = numpy.median(usual)
         tried = yield from run(other, 3, at_most=2 * expected)
         remaining = max((sum(tried) - len(tried) * expected) / SHARE, 16 * expected)
-        if statistics.mean(tried[-2:]) < 0.95 * expected:
+        if numpy.mean(tried[-2:]) < 0.95 * expected:
             n, usual = other, collections.deque(tried[-1:], maxlen=8)
         else:
             yield from run(n, 2)

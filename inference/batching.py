@@ -17,7 +17,7 @@ import functools
 import numpy
 
 from backends import np
-from inference.model import init_cache, n_positions
+from inference.model import n_positions
 from weights.params import tree_map
 
 
@@ -25,6 +25,13 @@ from weights.params import tree_map
 def batched(forward, library):
     """model.forward for a batch: the same params for all; tokens, cache, position and last for each slot."""
     return library.tune(library.jit(library.vmap(forward, in_axes=(None, 0, 0, 0, 0)), donate_argnums=(2,)))
+
+
+def init_caches(model, n_slots, n_tokens):
+    """An empty cache for each slot, of at least n_tokens. Every slot reads its whole cache in each step, so a short one
+    is shorter than that of one sequence."""
+    n_cache = min(model.n_ctx, model.backend.bucket_length(n_tokens), model.backend.cache_capacity(n_tokens))
+    return repeat(model.init_cache(model.params, n_cache), n_slots)
 
 
 def repeat(cache, n_slots):
@@ -113,7 +120,7 @@ class Batch:
         """Gives the cache a row for each slot."""
         n_missing = len(self.slots) - (0 if self.cache is None else len(self.cache[0][0]))
         if n_missing:
-            empty = repeat(init_cache(self.model, self.n_tokens), n_missing)
+            empty = init_caches(self.model, n_missing, self.n_tokens)
             joined = self.cache and tree_map(lambda old, new: np.concatenate([old, new]), self.cache, empty)
             self.cache = joined or empty
 

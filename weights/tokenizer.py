@@ -120,10 +120,10 @@ def check_vocabulary(file, ids, merges, symbols):
     merged = set(map("".join, merges))
     if odd := merged - ids.keys():
         raise OSError(f"{file}: merges lead to {min(odd)!r:.40}, which has no id: is it of another tokenizer?")
-    special = ids.keys() - merged - symbols
+    special = [token for token in ids if token not in merged and token not in symbols]
     if odd := set("".join(special)) - symbols:
         raise OSError(f"{file}: {min(odd)!r} in a token is none of the characters that stand for bytes")
-    if lost := {token for token in special if (token[:1], token[-1:]) not in (("<", ">"), ("[", "]"))}:
+    if lost := {token for token in special if token[:1] + token[-1:] not in ("<>", "[]")}:
         others = f" and {len(lost) - 1} others" * (len(lost) > 1)
         raise OSError(
             f"{file}: no merge leads to {min(lost)!r:.40}{others}: the merges were cut short, or do not match"
