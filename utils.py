@@ -134,13 +134,13 @@ def read_ending(folder, encoder, hparams):
     """The Ending of a model folder: `end_ids` and `stop_at_eos` of hparams.json, or `eos_token_id` of Hugging Face's
     generation_config.json, or of config.json where that is missing. Raises OSError for values that are no token ids.
 
-    Where nothing is said, <|endoftext|> ends a text. OpenAI's models do not stop at it (they go on with another
-    document), nor do Hugging Face's without an eos_token_id; others do.
+    Where nothing is said, <|endoftext|> ends a text. OpenAI's models, known by their 50,257 tokens, do not stop at it
+    (they go on with another document), nor do those of a generation_config.json without an eos_token_id; others do.
     """
     if is_hf_folder(folder):
         file = next(folder / name for name in ("generation_config.json", "config.json") if (folder / name).exists())
-        end_ids = read_json(file).get("eos_token_id")
-        stop_at_eos, limit = end_ids is not None, 2**24  # transformers writes 50256 even for fewer tokens
+        end_ids, limit = read_json(file).get("eos_token_id"), 2**24  # transformers writes 50256 even for fewer tokens
+        stop_at_eos = end_ids is not None and (file.name != "config.json" or hparams["n_vocab"] != 50257)
     else:
         file, limit = folder / "hparams.json", hparams["n_vocab"]
         found = read_json(file)

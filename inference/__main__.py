@@ -41,29 +41,32 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
 
     Args:
         prompt: the text to continue; without one (and without piped stdin) the model begins a text of its own
-        n_tokens_to_generate: how many tokens (words or parts of words) to add, at most n_ctx minus the prompt's tokens
+        n_tokens_to_generate: how many tokens (parts of words) to add, at most n_ctx minus the prompt's
         model_size: 124M, 355M, 774M, 1558M, 3M or a model folder; left out: 124M if it can be had, else 3M
         models_dir: where the folders of models are; left out: models/ beside gpt2.py
         base_url: where to download from; left out: the environment's GPT2_BASE_URL, or OpenAI's address
         backend: numpy, or jax (compiled, and on an accelerator if there is one)
         dtype: float32, bfloat16 (half the memory, 2 to 3 digits) or float64
         prompt_file: a UTF-8 file with the prompt, - for stdin
-        temperature: 0: always the likeliest token; above 0 the text varies, more the higher it is; 1: the model's own
-        probabilities top_k: draw from the k likeliest tokens only; 0: from all top_p: draw from the fewest tokens that
-        have this probability together, above 0; 1: from all min_p: draw from tokens with at least this fraction of the
-        likeliest one's probability, 0 to 1; 0: from all seed: the same seed draws the same text, 0 or more; left out:
-        another one each time repetition_penalty: above 1, tokens of the prompt and the new text become less likely;
-        0.01 to 100; 1: off no_repeat_ngram_size: never repeat a sequence of this many tokens; 0: off min_new_tokens:
-        ban <|endoftext|> until there are this many new tokens; 0: off bad_words: a word to ban, with and without a
-        space before it; may be given several times stop: end at this text, which is not printed; may be given several
-        times stop_at_eos: end at <|endoftext|>; left out: as the model's folder says (OpenAI's do not) overflow: error,
-        or slide: past n_ctx continue from the last n_ctx/2 tokens num_samples: the number of continuations of one
-        prompt, 1 to 1024; the i-th (from 0) has seed + i batch: a prompt on each line of the prompt_file, all at once
-        num_beams: search for the likeliest text with this many beams, up to 1024; 1: off length_penalty: for beams, -10
-        to 10: above 0 favours long texts; 1: the mean log-probability early_stopping: for beams: false, true or never:
-        when enough have ended (inference/beam.py) json: a JSON object a line: prompt, text, token_ids,
-        log_probabilities (for beams: score), stop_reason, seconds trace: show this many candidates for each token on
-        stderr, up to 20; 0: off
+        temperature: 0: always the likeliest token; above 0: the higher, the more varied; 1: the model's own
+        top_k: draw from the k likeliest tokens only; 0: from all
+        top_p: draw from the fewest tokens that have this probability together, above 0; 1: from all
+        min_p: draw from tokens with this fraction of the likeliest one's probability or more, up to 1; 0: all
+        seed: the same seed draws the same text, 0 or more; left out: another one each time
+        repetition_penalty: above 1, tokens of the prompt and the new text become less likely; 0.01 to 100; 1: off
+        no_repeat_ngram_size: never repeat a sequence of this many tokens; 0: off
+        min_new_tokens: ban <|endoftext|> until there are this many new tokens; 0: off
+        bad_words: a word to ban, with and without a space before it; may be given several times
+        stop: end at this text, which is not printed; may be given several times
+        stop_at_eos: end at <|endoftext|>; left out: as the model's folder says (OpenAI's do not)
+        overflow: error, or slide: past n_ctx continue from the last n_ctx/2 tokens
+        num_samples: the number of continuations of one prompt, 1 to 1024; the i-th (from 0) has seed + i
+        batch: a prompt on each line of the prompt_file, all at once
+        num_beams: search for the likeliest text with this many beams, up to 1024; 1: off
+        length_penalty: for beams, -10 to 10: above 0 favours long texts; 1: the mean log-probability
+        early_stopping: for beams: false, true or never: when enough have ended (inference/beam.py)
+        json: a JSON object a line: prompt, text, token_ids, log_probabilities (for beams: score), stop_reason, seconds
+        trace: show this many candidates for each token on stderr, up to 20; 0: off
     """
     flags = SimpleNamespace(**locals())
     flags.stop, flags.bad_words = as_texts(stop), as_texts(bad_words)

@@ -154,7 +154,7 @@ def test_consecutive_windows_predict_each_id_once(n):
         (b"\xef\xbb\xbf\r\n", [], "holds no text"),
         (b"<|endoftext|>\n\n<|endoftext|>", [], "holds no text"),
         ("Gr\xfc\xdfe".encode("latin-1"), [], "no UTF-8 text"),
-        (b"some text", ["--encoder", "{tmp}"], "encoder.json: No such file"),
+        (b"some text", ["--encoder", "{tmp}"], "vocab.bpe: No such file"),
         (b"short text, one line", ["--n_vocab", "5000"], "is more than this text can give: 2"),
         (b"x", [], "too little text to hold out"),
         (b"some text", ["--n_vocab", "256"], "out of range: 257"),
@@ -169,7 +169,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(content, flags, words, command
     (tmp_path / "text.txt").write_bytes(content)
     flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     status, out, err = prepare(command, tmp_path / "text.txt", tmp_path / "data", *flags)
-    assert (status, out, err.count("\n")) == (1 if words.startswith(("no UTF-8", "encoder.json")) else 2, "", 1)
+    assert (status, out, err.count("\n")) == (1 if words.startswith(("no UTF-8", "vocab.bpe")) else 2, "", 1)
     assert words in err
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 

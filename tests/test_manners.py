@@ -226,7 +226,6 @@ def test_programs_with_temporary_folders_remove_them(tmp_path):
 
 @pytest.mark.parametrize("n", [1, pytest.param(20, marks=pytest.mark.trial)])
 def test_an_interrupted_training_run_leaves_a_model_that_loads_and_goes_on(n, tmp_path):
-    oracle("optax")
     (tmp_path / "text.txt").write_text("Tom has a red ball.\n<|endoftext|>" * 60, encoding="utf-8")
     data.main(str(tmp_path / "text.txt"), out=str(tmp_path / "ids"), encoder=str(GOLDEN))
     command = ["-m", "training.train", str(tmp_path / "ids"), "--out", str(tmp_path / "run"), "--n_ctx", "8"]

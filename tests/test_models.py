@@ -204,7 +204,7 @@ def test_numbers_too_large_for_the_dtype_say_so(tmp_path, command):
     assert command(str(folder), main=models.verify)[0] == 0
     status, out, err = command("Once", "--model_size", str(folder))
     assert (status, out) == (1, "")
-    assert "too large to compute with in float32" in err
+    assert "float32 overflows: try --dtype float64" in err
 
 
 # ---- Ids without a token ----

@@ -96,6 +96,17 @@ def test_cached_rows_at_their_own_positions(dtype, tolerance):
         texts = [text + new for text, new in zip(texts, tokens, strict=True)]
 
 
+@pytest.mark.parametrize("in_axes", [(0, None, None), (0, 0, None), (0, None, 0), (0, 0, 0), (None, 0, 0)])
+def test_a_layer_whose_arguments_differ_from_row_to_row(in_axes):
+    """All lengths are 5: numbers of a wrong row would broadcast without an error."""
+    shapes = (5, 5), (5,), (5,)
+    args = [rng.normal(size=(5, *shape) if axis == 0 else shape) for shape, axis in zip(shapes, in_axes, strict=True)]
+    found = vmap(gpt2.layer_norm, in_axes)(*args)
+    assert_equal([found], [loop(gpt2.layer_norm, in_axes, *args)], 1e-12)
+    named = vmap(lambda x, g, b: gpt2.layer_norm(x, g=g, b=b), in_axes)(*args)
+    assert numpy.array_equal(named, found)
+
+
 SAMPLING = {
     "sample": lambda logits, coin, k, ids: sampling.sample(logits, coin),
     "top_k": lambda logits, coin, k, ids: sampling.top_k(logits, 5),

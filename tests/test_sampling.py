@@ -267,7 +267,7 @@ def test_settings_reach_their_functions_in_the_order_that_is_documented():
     logits = np.array([3.0, 2.0, 1.0, 0.5])
     params = SamplingParams(1.0, no_repeat_ngram_size=2, bad_words=((1,),))
     assert kept(sampling.process(logits, [0, 2, 0], 0, params)) == {0, 3}
-    assert kept(sampling.process(logits, [], 0, SamplingParams(n_tokens=3))) == {0, 1, 2}
+    assert kept(sampling.process(logits, [], 0, SamplingParams(banned=(3,)))) == {0, 1, 2}
     assert kept(sampling.warp(logits, SamplingParams(1.0, min_p=0.3))) == {0, 1}, "e^-1 is 0.37, e^-2 is 0.14"
     assert kept(sampling.warp(logits, SamplingParams(0.5, min_p=0.3))) == {0}, "e^-2"
     assert kept(sampling.warp(logits, SamplingParams(2.0, min_p=0.3))) == {0, 1, 2}, "e^-0.5, e^-1, e^-1.25 is 0.287"

@@ -84,7 +84,11 @@ class Worker:
         command = [sys.executable, "-m", "tools.bench", "--worker", dumps({"name": name, **setup})]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
         self.name, self.process = name, subprocess.Popen(command, cwd=root, **pipes)
-        self.device = self.answer()
+        try:
+            self.device = self.answer()
+        except KeyboardInterrupt:
+            self.process.kill()  # else it would miss the folder that is removed now
+            raise
 
     def ask(self, *question):
         with contextlib.suppress(BrokenPipeError):  # the process has ended, so there is no answer either
@@ -107,10 +111,14 @@ def start(names, hparams, folder="", dtype="float32"):
     with tempfile.TemporaryDirectory() as scratch:
         if not folder:
             save_random_model(folder := scratch, hparams)
-        workers = {name: Worker(name, {"dtype": dtype, "folder": folder}) for name in names}
-        yield folder, workers
-        for worker in workers.values():
-            worker.close()
+        workers = {}
+        try:
+            for name in names:
+                workers[name] = Worker(name, {"dtype": dtype, "folder": folder})
+            yield folder, workers
+        finally:
+            for worker in workers.values():
+                worker.close()
 
 
 def serve(name, dtype, folder):
