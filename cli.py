@@ -6,7 +6,6 @@ Exit status: 0 success; 1 a failure of the world (network, disk, a damaged file)
 
 import atexit
 import contextlib
-import difflib
 import functools
 import gc
 import inspect
@@ -184,6 +183,8 @@ def read_flag(word, words, parameters):
 
 
 def guess(flag, parameters):
+    import difflib  # here, as only mistakes need it
+
     longer = [name for name in parameters if flag and name.startswith(flag)]
     nearest = (longer or difflib.get_close_matches(flag, parameters, 1, 0.5))[:1]
     return "".join(f"did you mean --{name}? " for name in nearest)

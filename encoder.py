@@ -34,9 +34,7 @@ from pathlib import Path
 
 import regex
 
-from weights.tokenizer import check_vocabulary, read_tokenizer
-
-END_OF_TEXT = "<|endoftext|>"  # stands between the documents of the training text; the one special token of GPT-2
+from weights.tokenizer import END_OF_TEXT, check_vocabulary, read_tokenizer
 
 PIECES = regex.compile(
     "|".join(

@@ -17,7 +17,6 @@ if __name__ == "__main__":  # run as a program: Ctrl-C ends it from here on
     cli.leave_on_ctrl_c()
 
 import contextlib
-import difflib
 import functools
 import json
 import sys
@@ -100,6 +99,8 @@ def model_folder(model_size, models_dir=None):
         folder = next((folder for folder in candidates if folder.is_dir()), candidates[0])
         if name and (name in SIZES or folder.is_dir()):
             return folder.resolve() if is_path(name) else folder
+    import difflib  # here, as only mistakes need it
+
     names = [*SIZES, *sorted({EMBEDDED, *(path.name for path in models_dir.glob("*/"))} - {*SIZES})]
     guess = "".join(f"did you mean {n}? " for n in difflib.get_close_matches(model_size.upper(), names, 1, 0.4))
     raise ValueError(f"no model {model_size!r:.80}; {guess}Choose from {', '.join(names)}, or name a model folder")

@@ -38,14 +38,14 @@ class Sequence:
         self.finish_reason = None if n_tokens_to_generate else "length"
         self.text, self.n_shown = "", 0
         self.log_probabilities = [] if keep_log_probabilities else None
-        self._coins = numpy.random.default_rng(seed)
+        self._seed, self._coins = seed, None
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back an incomplete character
 
     def accept(self, logits):
         """Chooses the next token from the model's logits [n_vocab]. Returns the new text that no later
         token can change, which may be ""."""
-        self.logits, coin = numpy.asarray(logits, numpy.float64), self._coins.random()
-        self.chosen = sampling.choose(self.logits, self.ids, len(self.new_ids), self.params, coin)
+        self.logits = numpy.asarray(logits, numpy.float64)
+        self.chosen = sampling.choose(self.logits, self.ids, len(self.new_ids), self.params, self._coin())
         if self.chosen in self.end_ids:
             return self.finish("end_of_text")
         self.ids.append(self.chosen)
@@ -55,6 +55,13 @@ class Sequence:
         if len(self.new_ids) == self.n_tokens_to_generate:
             self.finish_reason = "length"
         return self._show(self.tokenizer.token_bytes(self.chosen), final=self.finish_reason is not None)
+
+    def _coin(self):
+        """A number that is uniform in [0, 1), the next of the seed's. Greedy decoding needs none."""
+        if self.params.temperature == 0:
+            return 0.0
+        self._coins = self._coins or numpy.random.default_rng(self._seed)  # numpy.random takes a while to import
+        return self._coins.random()
 
     def finish(self, reason):
         """Ends the sequence. Returns the text that was still held back."""

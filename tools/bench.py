@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before the slow imports
     cli.leave_on_ctrl_c()
 
 import contextlib
+import itertools
 import math
 import os
 import platform
@@ -39,6 +40,7 @@ from tools.engines import ENGINES, N_DECODE, PEERS, installed
 from tools.tables import draw, markdown
 from training.step import init_params
 from weights.params import cast, find_dtype, param_shapes
+from weights.tokenizer import tokenizer_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 OPENAI = {"n_vocab": 50257, "n_ctx": 1024}
@@ -61,12 +63,13 @@ TASKS = {  # name: (a method of the engines, its argument, the tokens that it co
 
 
 def save_random_model(folder, hparams):
-    """Writes a model folder with random weights, in OpenAI's layout. Its tokenizer has the bytes and made-up words."""
+    """Writes a model folder with random weights, in OpenAI's layout. Its tokenizer has the bytes and pairs of bytes."""
     utils.save_model(folder, hparams, init_params(hparams, seed=0), ["tf"])
-    spellings = [*SPELL.values(), *(f"<{i}>" for i in range(256, hparams["n_vocab"] - 1)), END_OF_TEXT]
-    ids = {spelling: i for i, spelling in enumerate(spellings)}
-    Path(folder, "encoder.json").write_text(dumps(ids), encoding="utf-8")
-    Path(folder, "vocab.bpe").write_text("#version: 0.2\n", encoding="utf-8")
+    merges = list(itertools.islice(itertools.product(SPELL.values(), repeat=2), hparams["n_vocab"] - len(SPELL) - 1))
+    spellings = [*SPELL.values(), *map("".join, merges), END_OF_TEXT]
+    encoder_json, vocab_bpe = tokenizer_texts({spelling: i for i, spelling in enumerate(spellings)}, merges)
+    Path(folder, "encoder.json").write_text(encoder_json, encoding="utf-8")
+    Path(folder, "vocab.bpe").write_text(vocab_bpe, encoding="utf-8")
 
 
 def weight_bytes(hparams, dtype):

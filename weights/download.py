@@ -5,7 +5,6 @@ tensor of the weights by the CRC-32C that the index stores. An interrupted downl
 """
 
 import base64
-import hashlib
 import os
 from pathlib import Path
 
@@ -131,5 +130,7 @@ def check_file(part, name, md5=None):
 
 
 def digest(path, algorithm):
+    import hashlib  # here, as only downloads and checks need it
+
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).digest()

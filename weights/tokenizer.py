@@ -11,6 +11,8 @@ import json
 
 from weights.files import read_json, read_text
 
+END_OF_TEXT = "<|endoftext|>"  # stands between the documents of the training text; the one special token of GPT-2
+
 # What a tokenizer.json must say, or leave out (None), for encoder.py to split and merge as it does.
 SUPPORTED = {
     "normalizer": (None,),
@@ -112,15 +114,19 @@ def check_vocabulary(file, ids, merges, symbols):
     The last rule notices a list of merges that was cut short. A special token is known by its brackets, as in <|pad|>
     and [PAD].
     """
-    numbers = set(ids.values()) if set(map(type, ids.values())) <= {int} else ()
-    if len(numbers) < len(ids) or not all(0 <= i < 2**24 for i in (min(numbers, default=0), max(numbers, default=0))):
+    numbers = sorted(set(ids.values())) if set(map(type, ids.values())) <= {int} else []
+    if len(numbers) < len(ids) or (numbers and not 0 <= numbers[0] <= numbers[-1] < 2**24):
         raise OSError(f"{file}: its ids must be whole numbers from 0 to {2**24 - 1}, each that of one token")
     if missing := symbols - ids.keys():
         raise OSError(f"{file}: {min(missing)!r} has no id; each of the 256 bytes must be a token")
     merged = set(map("".join, merges))
-    if odd := merged - ids.keys():
+    if not merged <= ids.keys():
+        odd = merged - ids.keys()
         raise OSError(f"{file}: merges lead to {min(odd)!r:.40}, which has no id: is it of another tokenizer?")
-    special = [token for token in ids if token not in merged and token not in symbols]
+    n_special = len(ids) - len(merged) - len(symbols - merged)
+    if n_special == 0 or (n_special == 1 and END_OF_TEXT in ids and END_OF_TEXT not in merged):
+        return  # as in every GPT-2: nothing more to search
+    special = ids.keys() - merged - symbols
     if odd := set("".join(special)) - symbols:
         raise OSError(f"{file}: {min(odd)!r} in a token is none of the characters that stand for bytes")
     if lost := {token for token in special if token[:1] + token[-1:] not in ("<>", "[]")}:
