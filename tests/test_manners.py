@@ -151,7 +151,7 @@ def start(*arguments, **environment):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
     process = subprocess.Popen(
         [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | environment,
+        env=os.environ | environment, bufsize=0,  # so that communicate misses nothing after a read
     )  # fmt: skip
     signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + (5 if Path("/proc/self/task").exists() else 0.3)
@@ -180,16 +180,16 @@ def interrupt(process, seconds):
 
 
 def interrupt_at_random(backend, n, rng):
-    """At n random moments, half of them while the program starts. The text must be the beginning of the right one."""
+    """At n random moments: in the first 0.3 s, in the next ones, and after text has come. Each time the text must be
+    the beginning of the right one."""
     oracle("jax")
     expected = python("gpt2.py", "Once upon a time", *ENDLESS, "--n_tokens_to_generate", "200").stdout.encode()
-    n_texts = 0
     for i in range(n):
-        seconds = rng.uniform(0, 0.3 if i % 2 else {"numpy": 1, "jax": 3}[backend])
-        out = interrupt(start("gpt2.py", "Once upon a time", *ENDLESS, "--backend", backend), seconds)
+        process = start("gpt2.py", "Once upon a time", *ENDLESS, "--backend", backend)
+        first = process.stdout.read(1) if i % 3 == 2 else b""
+        seconds = rng.uniform(0, (0.3, {"numpy": 1, "jax": 3}[backend], 0.5)[i % 3])
+        out = first + interrupt(process, seconds)
         assert out[:200] == expected[: len(out[:200])], (seconds, out)
-        n_texts += bool(out)
-    return n_texts
 
 
 @pytest.mark.parametrize("backend", backends.NAMES)
@@ -200,7 +200,7 @@ def test_ctrl_c_leaves_at_once_at_any_moment(backend):
 @pytest.mark.trial
 @pytest.mark.parametrize("backend", backends.NAMES)
 def test_a_hundred_ctrl_c(backend):
-    assert interrupt_at_random(backend, 100, random.Random()) > 20, "some while text is written"
+    interrupt_at_random(backend, 100, random.Random())
 
 
 def test_ctrl_c_while_compiled_code_runs():
