@@ -124,8 +124,8 @@ def check_vocabulary(file, ids, merges, symbols):
         odd = merged - ids.keys()
         raise OSError(f"{file}: merges lead to {min(odd)!r:.40}, which has no id: is it of another tokenizer?")
     n_special = len(ids) - len(merged) - len(symbols - merged)
-    if n_special == 0 or (n_special == 1 and END_OF_TEXT in ids and END_OF_TEXT not in merged):
-        return  # as in every GPT-2: nothing more to search
+    if n_special == (END_OF_TEXT in ids and END_OF_TEXT not in merged and END_OF_TEXT not in symbols):
+        return  # none, or <|endoftext|> alone, as in every GPT-2: the slower search below is not needed
     special = ids.keys() - merged - symbols
     if odd := set("".join(special)) - symbols:
         raise OSError(f"{file}: {min(odd)!r} in a token is none of the characters that stand for bytes")
