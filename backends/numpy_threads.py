@@ -53,8 +53,8 @@ def parallel_map(f, items):
     """Yields f(item) for each of the list `items`, in their order. For work of seconds, such as a micro-batch.
 
     Most operations of NumPy use one core, only matrix products use all. So here each Python thread computes an item,
-    with one BLAS thread: on two cores that takes little more than half the time. Nothing runs in parallel where
-    `adaptive` would change nothing.
+    with one BLAS thread. These threads do not wait for each other, so one that has to share its core with another
+    program does not delay the other one. Nothing runs in parallel where `adaptive` would change nothing.
     """
     if max_threads() == 1:
         yield from map(f, items)
