@@ -36,14 +36,8 @@ from weights.files import locked, new_folder, replacing
 from weights.params import flatten, tree_map, unflatten
 
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 192, "n_ctx": 256}
-FREE = (
-    "data",
-    "out",
-    "n_steps",
-    "patience",
-    "resume",
-    *SIZES,
-)  # not compared on --resume; the sizes are compared as hparams
+# Not compared on --resume. The sizes are compared as hparams.
+FREE = ("data", "out", "n_steps", "patience", "resume", *SIZES)
 N_EVALUATED = 65_536  # tokens of each part of the data, at most, for an evaluation
 
 
@@ -65,17 +59,21 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
         n_embd: the size of the vector that stands for one token; left out: 192
         n_ctx: tokens that the model can see; left out: 256; beside --init_from, at most as many as that model
         init_from: start from this model, with its sizes and its tokenizer; left out: start from random numbers
-        n_steps: how often to change the parameters; with --resume it may be larger: the learning rate then follows the
-        new number batch_size: windows of n_ctx tokens for one step micro_batch_size: windows in memory together, a
-        divisor of batch_size; left out: up to 4 on a CPU, else all learning_rate: the peak; it is reached after the
-        warm-up, then falls to a twentieth along half a cosine warmup: steps in which the learning rate rises beta2: how
-        slowly AdamW forgets squared gradients, 0 to less than 1; 0.95 to 0.999 is usual weight_decay: how much a matrix
-        is pulled towards 0, times the learning rate clip: the largest norm of a gradient; a larger one is scaled down
-        to it dropout: the share of activations to set to 0 while training, 0 to less than 1 dtype: float32, or bfloat16
-        with float32 master weights eval_every: steps from one evaluation, sample and save to the next patience: stop
-        after so many evaluations without a lower validation loss; 0: never seed: the same seed trains the same model on
-        the same machine backend: numpy or jax; left out: jax if it is installed, else numpy resume: go on from the last
-        save in --out; give the other flags as before, but for a larger --n_steps
+        n_steps: how often to change the parameters; may be larger with --resume, and the learning rate follows it
+        batch_size: windows of n_ctx tokens for one step
+        micro_batch_size: windows in memory together, a divisor of batch_size; left out: up to 4 on a CPU, else all
+        learning_rate: the peak; it is reached after the warm-up, then falls to a twentieth along half a cosine
+        warmup: steps in which the learning rate rises
+        beta2: how slowly AdamW forgets squared gradients, 0 to less than 1; 0.95 to 0.999 is usual
+        weight_decay: how much a matrix is pulled towards 0, times the learning rate
+        clip: the largest norm of a gradient; a larger one is scaled down to it
+        dropout: the share of activations to set to 0 while training, 0 to less than 1
+        dtype: float32, or bfloat16 with float32 master weights
+        eval_every: steps from one evaluation, sample and save to the next
+        patience: stop after so many evaluations without a lower validation loss; 0: never
+        seed: the same seed trains the same model on the same machine
+        backend: numpy or jax; left out: jax if it is installed, else numpy
+        resume: go on from the last save in --out; give the other flags as before, but for a larger --n_steps
     """
     settings = SimpleNamespace(**locals())
     settings.backend = backend or ("jax" if importlib.util.find_spec("jax") else "numpy")
