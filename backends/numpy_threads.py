@@ -98,7 +98,7 @@ def choose(numbers, n):
     trial) / SHARE seconds, so the slower a trial was, the later comes the next. After each change some steps do not
     count: BLAS threads that are not needed any more keep their cores busy for a while.
     """
-    usual = collections.deque((yield from run(n, 4))[2:], maxlen=8)
+    usual = collections.deque((yield from run(n, 8))[2:], maxlen=8)
     for other in itertools.cycle(numbers):
         if other == n:
             continue
