@@ -16,9 +16,6 @@ all 48 block matrices of 124M, in milliseconds, with w in row order (C) or colum
 So the best form depends on the number of rows, and 16 rows can cost two and a half times as much as one.
 """
 
-import itertools
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy
 
 from backends import numpy_threads
@@ -120,17 +117,13 @@ def in_blocks(x, w):
     n_blocks, y = n_out // n, numpy.empty((n_rows, n_out), x.dtype)
     blocks = w.T[: n_blocks * n].reshape(-1, n, n_in).mT  # [n_in, n_out] -> [n_blocks, n_in, n]
     parts = y[:, : n_blocks * n].reshape(n_rows, -1, n).swapaxes(0, 1)  # [n_rows, n_out] -> [n_blocks, n_rows, n]
-    bounds = [n_blocks * i // numpy_threads.current() for i in range(numpy_threads.current() + 1)]
-    first, *others = [slice(*pair) for pair in itertools.pairwise(bounds)]
-    waiting = [helpers.submit(numpy.matmul, x, blocks[share], parts[share]) for share in others]
+    first, *others = numpy_threads.shares(n_blocks)
+    waiting = [numpy_threads.pool.submit(numpy.matmul, x, blocks[share], parts[share]) for share in others]
     numpy.matmul(x, blocks[first], parts[first])
     y[:, n_blocks * n :] = x @ w[:, n_blocks * n :]
     for share in waiting:
         share.result()
     return y
-
-
-helpers = ThreadPoolExecutor()  # a thread starts when the first product is shared out
 
 
 def keep_freed_memory():
