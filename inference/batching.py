@@ -135,8 +135,12 @@ class Batch:
         """The sequences that have been added, none of which has finished."""
         return [*self.slots, *self.joining]
 
+    def n_used(self):
+        """How many slots have been given to sequences."""
+        return sum(sequence.n_slots for sequence in self.sequences())
+
     def n_free(self):
-        return self.n_slots - sum(sequence.n_slots for sequence in self.sequences())
+        return self.n_slots - self.n_used()
 
     def add(self, sequence):
         """Adds a sequence; the next steps compute its prompt. Raises ValueError if no slot is free or if the sequence

@@ -1,6 +1,6 @@
 """A queue in front of a batch: requests come from any thread, one thread computes them all.
 
-    scheduler = Scheduler(lambda: Batch(model, n_slots=16, n_tokens=1024, chunk=64), max_queue=64)
+    scheduler = Scheduler(model, n_slots=16, n_tokens=1024, max_queue=64)
     scheduler.start()
     scheduler.submit([Job(tokenizer, ids, 40, deliver=print)])       # prints an Event for each new token
 
@@ -11,6 +11,7 @@ handed to `deliver`, which must return at once, and there are at most as many as
 
 import codecs
 import collections
+import functools
 import sys
 import threading
 import time
@@ -18,8 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy
 
+from inference import sampling
+from inference.batching import Batch, capacities
 from inference.beam import Search
 from inference.generate import Sequence
+from utils import ids_without_token
+
+CHUNK = 64  # tokens of prompts that a step computes
 
 
 class QueueFull(Exception):
@@ -139,13 +145,36 @@ def text_offsets(tokenizer, ids):
     return offsets
 
 
-class Scheduler:
-    """make_batch() is called at the start, and again after an exception in a step, which may have left a broken
-    cache."""
+def make_jobs(tokenizer, model, values, inputs, n_new, n_candidates, deliver):
+    """The Jobs of a request: for each of `inputs`, lists of ids, values.n Jobs, the i-th (from 0) with seed + i,
+    or a BeamJob. `values` has the parameters of the request by their names in serving/parameters.py."""
+    cold = values.temperature < 1e-5 or values.use_beam_search
+    words = [space + word.strip() for word in values.bad_words for space in ("", " ")]
+    params = sampling.SamplingParams(
+        *((0.0, 0, 1.0) if cold else (values.temperature, values.top_k, max(values.top_p, 1e-6))),
+        values.repetition_penalty, values.min_tokens, tuple(tuple(tokenizer.encode(word)) for word in words),
+        model.end_ids, 0.0 if cold else values.min_p, banned=ids_without_token(tokenizer, model.n_vocab, model.end_ids),
+    )  # fmt: skip
+    common = {"params": params, "end_ids": model.end_ids, "deliver": deliver}
+    if values.use_beam_search and (n_beams := max(values.n, values.best_of or 0)) > 1:
+        common |= {"length_penalty": values.length_penalty, "n_results": values.n}
+        return [BeamJob(tokenizer, ids, n_new, n_beams, **common) for ids in inputs]
+    common |= {"stop": values.stop, "n_candidates": n_candidates}
+    common["needs_prompt_logits"] = values.echo and n_candidates is not None
+    seeds = [None if values.seed is None else (values.seed + i) % 2**64 for i in range(values.n)]
+    return [Job(tokenizer, ids, n_new, seed=seed, **common) for ids in inputs for seed in seeds]
 
-    def __init__(self, make_batch, max_queue):
-        self.make_batch, self.max_queue = make_batch, max_queue
-        self.batch, self.waiting, self.cancelled = make_batch(), collections.deque(), set()
+
+# ---- The queue ----
+
+
+class Scheduler:
+    """n_slots, n_tokens: of its Batch. max_queue: how many jobs may wait for a slot."""
+
+    def __init__(self, model, n_slots, n_tokens, max_queue):
+        settings = {"chunk": CHUNK, "capacities": capacities(model, n_tokens), "n_kept": n_slots}
+        self.make_batch, self.max_queue = functools.partial(Batch, model, n_slots, n_tokens, **settings), max_queue
+        self.batch, self.waiting, self.cancelled = self.make_batch(), collections.deque(), set()
         self.changed = threading.Condition()  # guards waiting, cancelled and deadline
         self.deadline = None  # when the running jobs are ended; None as long as the scheduler is open
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -191,7 +220,7 @@ class Scheduler:
                     f"a step failed, so its requests did: {type(error).__name__}: {error}", file=sys.stderr, flush=True
                 )
                 self._fail(self.batch.sequences(), error)
-                self.batch = self.make_batch()
+                self.batch = self.make_batch()  # as the step may have left a broken cache
 
     def _wait(self):
         """Waits until there is work. False when the scheduler has been closed and no job is left."""

@@ -5,7 +5,6 @@ if __name__ == "__main__":  # before the slow imports
 
     cli.leave_on_ctrl_c()
 
-import math
 import signal
 import socket
 import sys
@@ -21,12 +20,9 @@ except ModuleNotFoundError as missing:
 import backends
 import cli
 import utils
-from inference import batching
 from inference import model as models
 from inference.scheduling import Scheduler
 from weights.params import find_dtype
-
-CHUNK = 64  # tokens of a prompt that one step computes
 
 
 # fmt: off
@@ -60,7 +56,7 @@ def main(*, model_size: str = "", models_dir: str = "", base_url: str = "", back
     if max_model_len > model.n_ctx:
         raise ValueError(f"--max_model_len {max_model_len} is more than n_ctx {model.n_ctx}, all the model can see")
     n_tokens = max_model_len or model.n_ctx
-    scheduler = Scheduler(lambda: make_batch(model, max_batch, n_tokens), max_queue)
+    scheduler = Scheduler(model, max_batch, n_tokens, max_queue)
     if warm_up:
         compile_programs(scheduler.batch)
     hosts = (*LOOPBACK, host) if host in LOOPBACK else ()  # what listens to a network may have any name there
@@ -87,11 +83,6 @@ def listen(host, port):
         raise OSError(f"cannot listen at --host {host} --port {port}: {error.strerror}") from None
 
 
-def make_batch(model, max_batch, n_tokens):
-    lengths = batching.capacities(model, n_tokens)
-    return batching.Batch(model, max_batch, n_tokens, chunk=CHUNK, capacities=lengths, n_kept=max_batch)
-
-
 def compile_programs(batch):
     """On JAX: compiles what any request may need, with a line that is overwritten as long as that takes."""
     found = ""
@@ -105,12 +96,15 @@ def run(app, listener, scheduler, grace):
     """Serves until SIGTERM, which ends the process with status 0, or Ctrl-C."""
     cli.unwind_on_ctrl_c()
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn sets its own, and at its end raises the signal once more
-    # h11, as it limits the headers of a request to 64 KiB.
-    config = uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_level="error", access_log=False,
-                            server_header=False, timeout_graceful_shutdown=math.ceil(grace) + 2)  # fmt: skip
-    server = Server(config)
+    server = Server(configure(app, grace))
     server.scheduler, server.grace = scheduler, grace
     server.run([listener])
+
+
+def configure(app, grace):
+    """uvicorn's settings. h11 limits the headers of a request to 64 KiB."""
+    quiet = {"log_level": "error", "access_log": False, "server_header": False}
+    return uvicorn.Config(app, http="h11", ws="none", lifespan="off", timeout_graceful_shutdown=int(grace) + 2, **quiet)
 
 
 class Server(uvicorn.Server):
