@@ -63,16 +63,16 @@ def n_positions(cache):
     return cache[0][1].shape[-2]
 
 
-def step(model, tokens, cache, position):
+def step(model, tokens, cache, position, all_logits=False):
     """(logits [n_vocab] after the last of the list `tokens`, cache): one forward pass. tokens[0] stands at `position`.
 
     A prompt is padded to one of few lengths, each of which JAX compiles once. The padding fills later slots of the
-    cache, which the mask hides and later tokens overwrite.
+    cache, which the mask hides and later tokens overwrite. all_logits: those after each token, of the padding too.
     """
     n_padded = min(model.backend.bucket_length(len(tokens)), n_positions(cache) - position)
     padded = numpy.zeros(n_padded, numpy.int32)
     padded[: len(tokens)] = tokens
-    return model.forward(model.params, padded, cache, position, len(tokens) - 1)
+    return model.forward(model.params, padded, cache, position, None if all_logits else len(tokens) - 1)
 
 
 def greedy(model, inputs, n_tokens_to_generate):

@@ -1,0 +1,119 @@
+"""OpenAI's HTTP API over a model: python -m serving --model_size 3M"""
+
+if __name__ == "__main__":  # before the slow imports
+    import cli
+
+    cli.leave_on_ctrl_c()
+
+import signal
+import socket
+import sys
+
+try:
+    import uvicorn
+
+    from serving.app import LOOPBACK, Service, make_app
+except ModuleNotFoundError as missing:
+    print(f"serving needs {missing.name}: python3 -m pip install -r requirements-serving.txt", file=sys.stderr)
+    sys.exit(2)
+
+import backends
+import cli
+import utils
+from inference import model as models
+from inference.scheduling import Scheduler
+from weights.params import find_dtype
+
+
+# fmt: off
+def main(*, model_size: str = "", models_dir: str = "", base_url: str = "", backend: str = "numpy",
+         dtype: str = "float32", host: str = "127.0.0.1", port: int = 8000, max_batch: int = 16, max_queue: int = 64,
+         max_model_len: int = 0, api_key: str = "", warm_up: bool = True, grace: float = 10.0):
+    # fmt: on
+    """Serves a model to any client of OpenAI's API, many at once.
+
+    Args:
+        model_size: 124M, 355M, 774M, 1558M, 3M or a model folder; left out: 124M if it can be had, else 3M
+        models_dir: where the folders of models are; left out: models/ beside gpt2.py
+        base_url: where to download from; left out: the environment's GPT2_BASE_URL, or OpenAI's address
+        backend: numpy, or jax (compiled, and on an accelerator if there is one)
+        dtype: float32, bfloat16 (half the memory, 2 to 3 digits) or float64
+        host: the address to listen at; 127.0.0.1: this machine alone; 0.0.0.0: every network, so set an api_key too
+        port: the port to listen at; 0: one that is free
+        max_batch: how many texts are generated at the same time, 1 to 1024
+        max_queue: how many more may wait; one that finds the queue full is told to come again later (429)
+        max_model_len: how many tokens a prompt and its continuation may have; 0: n_ctx, all that the model can see
+        api_key: what clients must send as their key; left out: none
+        warm_up: compile every program before the first request; --nowarm_up: when it is needed
+        grace: how many seconds running texts get to finish after SIGTERM or Ctrl-C
+    """
+    check(max_batch, grace)
+    find_dtype(dtype)
+    device = backends.get(backend).setup(dtype)
+    listener = listen(host, port)  # before the model is loaded, so that a port in use is known at once
+    folder = utils.choose_model(model_size, models_dir, base_url)
+    tokenizer, model = models.load(str(folder), models_dir, base_url, backend, dtype)
+    if max_model_len > model.n_ctx:
+        raise ValueError(f"--max_model_len {max_model_len} is more than n_ctx {model.n_ctx}, all the model can see")
+    n_tokens = max_model_len or model.n_ctx
+    scheduler = Scheduler(model, max_batch, n_tokens, max_queue)
+    if warm_up:
+        compile_programs(scheduler.batch)
+    hosts = (*LOOPBACK, host) if host in LOOPBACK else ()  # what listens to a network may have any name there
+    app = make_app(Service(folder.name, tokenizer, model, scheduler, n_tokens, None, api_key, hosts))
+    scheduler.start()
+    print(f"{device}: {folder.name} at http://{host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
+    run(app, listener, scheduler, grace)
+
+
+def check(max_batch, grace):
+    if not 1 <= max_batch <= 1024:
+        raise ValueError(f"--max_batch {max_batch} is out of range: 1 to 1024")
+    if not 0 <= grace < 1e6:
+        raise ValueError(f"--grace {grace} is out of range: 0 or more seconds")
+
+
+def listen(host, port):
+    """A socket at an address. Raises OSError if the port is in use."""
+    if port > 65535:
+        raise ValueError(f"--port {port} is out of range: 0 (any) to 65535")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise OSError(f"cannot listen at --host {host} --port {port}: {error.strerror}") from None
+
+
+def compile_programs(batch):
+    """On JAX: compiles what any request may need, with a line that is overwritten as long as that takes."""
+    found = ""
+    for found in batch.warm_up():
+        print(f"\rcompiling: {found:30}", end="", file=sys.stderr, flush=True)
+    if found:
+        print(f"\r{'':41}\r", end="", file=sys.stderr, flush=True)
+
+
+def run(app, listener, scheduler, grace):
+    """Serves until SIGTERM, which ends the process with status 0, or Ctrl-C."""
+    cli.unwind_on_ctrl_c()
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn sets its own, and at its end raises the signal once more
+    server = Server(configure(app, grace))
+    server.scheduler, server.grace = scheduler, grace
+    server.run([listener])
+
+
+def configure(app, grace):
+    """uvicorn's settings. h11 limits the headers of a request to 64 KiB."""
+    quiet = {"log_level": "error", "access_log": False, "server_header": False}
+    return uvicorn.Config(app, http="h11", ws="none", lifespan="off", timeout_graceful_shutdown=int(grace) + 2, **quiet)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which at its end waits for the responses that are being sent."""
+
+    async def shutdown(self, sockets=None):
+        self.scheduler.close(self.grace)
+        await super().shutdown(sockets)
+
+
+if __name__ == "__main__":
+    cli.run(main, "-m serving")
