@@ -24,6 +24,7 @@ from inference.scheduling import Closed, QueueFull, make_jobs
 from serving.metrics import CONTENT_TYPE, Metrics
 from serving.parameters import CHAT, COMPLETIONS, Problem, parse
 from serving.reply import Reply, as_problem
+from serving.walkthrough import page_routes
 from utils import first_ids
 
 MAX_BODY = 4 << 20  # bytes; far more than the longest prompts of any model here
@@ -91,7 +92,7 @@ def make_app(service):
 
     routes = [route("/v1/models", models), route("/v1/models/{name:path}", models), route("/health", health),
               route("/metrics", show_metrics), route("/v1/completions", completions, "POST"),
-              route("/v1/chat/completions", chat, "POST")]  # fmt: skip
+              route("/v1/chat/completions", chat, "POST"), *page_routes(service, route)]  # fmt: skip
     handlers = dict.fromkeys((Problem, HTTPException, Exception), answer_error)
     return metrics.counting(Starlette(routes=routes, exception_handlers=handlers))
 
