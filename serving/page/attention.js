@@ -55,7 +55,7 @@ function arcsOf(tokens, weights, query, onchoose) {
   const lines = weights.slice(0, query + 1).map((weight, key) => {
     const from = (query + 0.5) * width, to = (key + 0.5) * width, rise = Math.min(height, 24 + Math.abs(from - to) * 0.35);
     const shape = key === query ? `M ${from - 9} ${height} c -8 -34 26 -34 18 0` : `M ${from} ${height} C ${from} ${height - rise} ${to} ${height - rise} ${to} ${height}`;
-    return svg("path", { d: shape, class: "arc", "stroke-width": Math.max(0.6, 12 * weight), opacity: 0.35 + 0.65 * weight });
+    return svg("path", { d: shape, class: "arc", "stroke-width": Math.max(0.8, 14 * weight), opacity: 0.45 + 0.55 * weight });
   });
   const picture = svg("svg", { viewBox: `0 0 ${total} ${height}`, width: total, height, "aria-hidden": "true" }, lines);
   const names = tokens.map((text, i) => element("button", {
@@ -81,4 +81,10 @@ function pairParts(data, found, head, query, key) {
   ];
 }
 
-export const attention = { draw };
+// Scrolls the arcs so that the chosen token can be seen.
+function drawn() {
+  const scroll = document.querySelector(".arcs .scroll"), button = scroll.querySelector(".chosen");
+  scroll.scrollLeft = button.offsetLeft - scroll.offsetLeft - scroll.clientWidth + button.clientWidth + 20;
+}
+
+export const attention = { draw, drawn };

@@ -2,7 +2,7 @@
 
 import { element, format } from "./dom.js";
 
-const LINE = 15, FONT = 11;
+const FONT = 11;
 
 // rows, columns: the words on the axes. hide(row, column): cells
 // without a number. onMove(row, column): the cell that is read out. Returns a <figure>.
@@ -48,7 +48,7 @@ function fit(map, width) {
   map.top = map.isWords ? 8 + Math.min(90, Math.max(...map.columns.map((word) => pen.measureText(word).width))) : 18;
   const limit = map.rows.length === map.columns.length ? 34 : 26;
   map.cell = Math.max(2, Math.min(limit, (width - map.left - 2) / map.columns.length));
-  map.height = Math.max(map.rows.length > 40 ? 9 : LINE, Math.min(map.cell, 34));
+  map.height = Math.max(map.rows.length > 40 ? 9 : 13, Math.min(map.cell, 34, 420 / map.rows.length));
   const [w, h] = [map.left + map.cell * map.columns.length + 2, map.top + map.height * map.rows.length + 2];
   const scale = window.devicePixelRatio || 1;
   Object.assign(map.canvas, { width: Math.ceil(w * scale), height: Math.ceil(h * scale) });

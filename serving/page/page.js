@@ -41,7 +41,9 @@ function draw() {
     if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  document.title = `${document.querySelector("nav [aria-current]").textContent} · GPT-2, line by line`;
+  const links = document.querySelector("nav"), current = links.querySelector("[aria-current]");
+  links.scrollLeft = current.offsetLeft - links.offsetLeft - (links.clientWidth - current.clientWidth) / 2;
+  document.title = `${current.textContent} · GPT-2, line by line`;
   $("run").textContent = name === "playground" ? "Generate" : "Run";
   $("stop").hidden = name !== "playground";
   $("where").hidden = !WITH_BLOCK.includes(name) || !state.data;

@@ -2,7 +2,7 @@
 
 import { element, heading, slider, token } from "./dom.js";
 
-const chosen = { piece: 0 };
+const chosen = { piece: 1 };
 
 function draw(state) {
   const { data } = state;
@@ -30,11 +30,12 @@ function draw(state) {
 }
 
 function pieceParts(piece) {
-  const symbols = element("div", { class: "symbols" });
+  const symbols = element("div");
   const last = piece.steps.length - 1;
   const text = element("p", { "aria-live": "polite" });
   const show = (step) => {
-    symbols.replaceChildren(...piece.steps[step].map((symbol, i) => element("span", { class: `token symbol tint${i % 4}` }, symbol)));
+    symbols.replaceChildren(...piece.steps.slice(0, step + 1).map((found) =>
+      element("div", { class: "symbols" }, found.map((symbol, i) => element("span", { class: `token symbol tint${i % 4}` }, symbol)))));
     text.textContent = step === 0 ? `${piece.bytes.length} bytes, one symbol each`
       : `after merge ${step} of ${last}: ${difference(piece.steps[step - 1], piece.steps[step])}`;
   };
