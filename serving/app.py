@@ -115,7 +115,9 @@ def authorize(request, service):
     if service.hosts and host not in service.hosts:
         raise Problem(403, f"{host!r:.80} is no name of this server: with --host 0.0.0.0 it would have any")
     kind, _, key = request.headers.get("authorization", "").partition(" ")
-    is_right = hmac.compare_digest(key.strip().encode(), service.api_key.encode())  # equally long for every key
+    is_right = hmac.compare_digest(
+        key.strip().encode("latin-1"), service.api_key.encode()
+    )  # equally long for every key
     if service.api_key and not (kind.lower() == "bearer" and is_right):
         raise Problem(401, "wrong or missing API key: send Authorization: Bearer KEY", code="invalid_api_key")
 

@@ -360,8 +360,8 @@ def retries(a):
 
     a.server.scheduler.submit = busy
     try:
-        with a.client.with_options(max_retries=2) as client:
-            assert client.completions.create(model="3M", prompt=ONCE, max_tokens=1).choices[0].text
+        client = a.client.with_options(max_retries=2)
+        assert client.completions.create(model="3M", prompt=ONCE, max_tokens=1).choices[0].text
     finally:
         a.server.scheduler.submit = submit
     assert len(n) == 3
@@ -389,14 +389,17 @@ def test_the_openai_client(server, storyteller, scenario):
 
 CHAT = "/v1/chat/completions"
 NAMELESS = {"messages": [{"role": "user", "content": "x"}]}
-REFUSED = [  # (what is sent, beside the model and a prompt; status; param)
+# fmt: off
+# (what is sent beside the model and a prompt, or a message; the status; the parameter that is named)
+REFUSED = [
     ({"model": "gpt-4"}, 404, "model"), ({"model": None}, 400, "model"), ({"prompt": []}, 400, "prompt"),
     ({"prompt": [[]]}, 400, "prompt"), ({"prompt": 5}, 400, "prompt"), ({"prompt": {"a": 1}}, 400, "prompt"),
     ({"prompt": [1, "a"]}, 400, "prompt"), ({"prompt": [True]}, 400, "prompt"), ({"prompt": [2048]}, 400, "prompt"),
     ({"prompt": [-1]}, 400, "prompt"), ({"prompt": [10**30]}, 400, "prompt"), ({"prompt": [1] * 256}, 400, "prompt"),
-    ({"max_tokens": 256}, 400, "prompt"), ({"max_tokens": -1}, 400, "max_tokens"), ({"max_tokens": 1.5}, 400, "max_tokens"),
-    ({"max_tokens": "5"}, 400, "max_tokens"), ({"max_tokens": True}, 400, "max_tokens"), ({"n": 0}, 400, "n"),
-    ({"n": 129}, 400, "n"), ({"n": 100, "prompt": ["a"] * 11}, 400, "n"), ({"best_of": 2}, 400, "best_of"),
+    ({"max_tokens": 256}, 400, "prompt"), ({"max_tokens": -1}, 400, "max_tokens"),
+    ({"max_tokens": 1.5}, 400, "max_tokens"), ({"max_tokens": "5"}, 400, "max_tokens"),
+    ({"max_tokens": True}, 400, "max_tokens"), ({"n": 0}, 400, "n"), ({"n": 129}, 400, "n"),
+    ({"n": 100, "prompt": ["a"] * 11}, 400, "n"), ({"best_of": 2}, 400, "best_of"),
     ({"temperature": -0.1}, 400, "temperature"), ({"temperature": 2.1}, 400, "temperature"),
     ({"temperature": "hot"}, 400, "temperature"), ({"temperature": 10**400}, 400, "temperature"),
     ({"top_p": 1.1}, 400, "top_p"), ({"top_k": -1}, 400, "top_k"), ({"min_p": 2}, 400, "min_p"),
@@ -408,19 +411,22 @@ REFUSED = [  # (what is sent, beside the model and a prompt; status; param)
     ({"logit_bias": {"5": 100}}, 400, "logit_bias"), ({"presence_penalty": 1}, 400, "presence_penalty"),
     ({"repetition_penalty": 0}, 400, "repetition_penalty"), ({"min_tokens": 17}, 400, "min_tokens"),
     ({"bad_words": [5]}, 400, "bad_words"), ({"use_beam_search": True, "n": 17}, 400, "best_of"),
-    ({"use_beam_search": True, "n": 2, "stream": True}, 400, "use_beam_search"), ({"max_token": 5}, 400, "max_token"),
-    ({"use_beam_search": True, "n": 3, "best_of": 2}, 400, "best_of"), ({"": 1}, 400, ""),
-]  # fmt: skip
+    ({"use_beam_search": True, "n": 2, "stream": True}, 400, "use_beam_search"),
+    ({"use_beam_search": True, "n": 3, "best_of": 2}, 400, "best_of"), ({"max_token": 5}, 400, "max_token"),
+    ({"": 1}, 400, ""),
+]
 REFUSED_CHATS = [
     ({"messages": None}, 400, "messages"), ({"messages": []}, 400, "messages"), ({"messages": "hi"}, 400, "messages"),
-    ({"messages": [{"role": "user"}]}, 400, "messages"), ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages"),
-    ({"messages": [{"role": [], "content": "x"}]}, 400, "messages"), ({"messages": [None]}, 400, "messages"),
+    ({"messages": [{"role": "user"}]}, 400, "messages"), ({"messages": [None]}, 400, "messages"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages"),
+    ({"messages": [{"role": [], "content": "x"}]}, 400, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "messages"),
     ({"messages": [{"role": "user", "content": "dog " * 300}]}, 400, "messages"),
     ({"top_logprobs": 2}, 400, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
     ({"logprobs": 2}, 400, "logprobs"), ({"tools": [{}]}, 400, "tools"), ({"prompt": "x"}, 400, "prompt"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format"),
-]  # fmt: skip
+]
+# fmt: on
 
 
 def is_refused(response, status, param):
@@ -459,7 +465,7 @@ def test_bodies_that_are_no_request(server):
     is_refused(server.http.get("/v1/models/gpt-4"), 404, "model")
     is_refused(server.http.get("/v1/models", headers={"Host": "evil.example:8000"}), 403, None)
     assert "access-control-allow-origin" not in server.http.get("/v1/models", headers={"Origin": "http://x"}).headers
-    flood = server.http.get("/health", headers={f"X-{i}": "y" * 1000 for i in range(100)})
+    flood = server.http.get("/health", headers={f"X-{i}": "y" * 1000 for i in range(1000)})
     assert flood.status_code in (400, 431)
 
 
@@ -493,31 +499,14 @@ def banning(job, words):
 
 # ---- Mutations ----
 
-ODD = [
-    None,
-    True,
-    -1,
-    0,
-    2**40,
-    1.5,
-    1e308,
-    "",
-    "x",
-    "\ud800",
-    "\0",
-    [],
-    [[]],
-    {},
-    {"a": []},
-    [None],
-    "é" * 3000,
-    [5],
-    ["", 1],
-]
-GOOD = {"model": "3M", "prompt": "x", "max_tokens": 2, "temperature": 1.0, "top_p": 0.9, "n": 1, "stop": ["."], "seed": 3,
-        "stream": False, "logprobs": 1, "echo": False, "top_k": 3, "min_tokens": 1, "bad_words": ["y"], "user": "me"}  # fmt: skip
+# fmt: off
+ODD = [None, True, -1, 0, 2**40, 1.5, 1e308, "", "x", "\ud800", "\0", [], [[]], {}, {"a": []}, [None], "é" * 3000, [5]]
+GOOD = {"model": "3M", "prompt": "x", "max_tokens": 2, "temperature": 1.0, "top_p": 0.9, "n": 1, "stop": ["."],
+        "seed": 3, "stream": False, "logprobs": 1, "echo": False, "top_k": 3, "min_tokens": 1, "bad_words": ["y"],
+        "user": "me"}
 GOOD_CHAT = NAMELESS | {"model": "3M", "max_tokens": 2, "logprobs": True, "top_logprobs": 1, "stream": True,
-                        "stream_options": {"include_usage": True}}  # fmt: skip
+                        "stream_options": {"include_usage": True}}
+# fmt: on
 
 
 def mutated(rng):
@@ -562,13 +551,13 @@ def test_500_mutations(server):
 
 
 def test_a_server_with_a_key(storyteller):
-    with running(storyteller=storyteller, api_key="geheim ü") as server:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic geheim"}):
+    with running(storyteller=storyteller, api_key="secret") as server:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
             is_refused(server.http.get("/v1/models", headers=headers), 401, None)
             is_refused(server.http.get("/metrics", headers=headers), 401, None)
             is_refused(server.post({"model": "3M", "prompt": "x"}, headers=headers), 401, None)
-        right = {"Authorization": "Bearer geheim ü".encode()}
-        assert server.http.get("/v1/models", headers=right).status_code == 200
+        is_refused(server.http.get("/v1/models", headers={"Authorization": "Bearer sécret".encode()}), 401, None)
+        assert server.http.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
         assert server.http.get("/health").json() == {"status": "ok"}
         with pytest.raises(openai.AuthenticationError):
             server.client.with_options(api_key="wrong").models.list()
@@ -645,7 +634,8 @@ def test_metrics(storyteller):
         lines = server.http.get("/metrics").text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     expected = {
-        'gpt2_requests_total{status="200"}': 1, 'gpt2_requests_total{status="404"}': 1, "gpt2_queue": 0, "gpt2_slots": 0,
+        'gpt2_requests_total{status="200"}': 1, 'gpt2_requests_total{status="404"}': 1,
+        "gpt2_queue": 0, "gpt2_slots": 0,
         'gpt2_tokens_total{way="in"}': 4, 'gpt2_tokens_total{way="out"}': 3,
         "gpt2_time_to_first_token_seconds_count": 1, "gpt2_time_per_token_seconds_count": 2,
     }  # fmt: skip
