@@ -8,7 +8,8 @@ import numpy
 from conftest import model_of, oracle
 
 import utils
-from inference.scheduling import Job, Scheduler
+from inference.jobs import Job
+from inference.scheduling import Scheduler
 
 for package in ("starlette", "uvicorn", "prometheus_client"):
     oracle(package)

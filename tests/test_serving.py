@@ -485,7 +485,7 @@ def test_errors_by_type(server, kind):
 def test_all_tokens_banned_is_the_clients_mistake(server, monkeypatch):
     every = tuple((i,) for i in range(2048))
     monkeypatch.setattr(
-        "inference.scheduling.Job._coin", lambda job: setattr(job, "params", banning(job, every)) or 0.5
+        "inference.jobs.Job._coin", lambda job: setattr(job, "params", banning(job, every)) or 0.5
     )
     with pytest.raises(openai.BadRequestError, match="every token is banned"):
         server.client.completions.create(model="3M", prompt="x", max_tokens=3)
