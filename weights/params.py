@@ -32,6 +32,27 @@ def param_shapes(n_vocab, n_ctx, n_embd, n_head, n_layer):
     return {("wte",): (n_vocab, n_embd), ("wpe",): (n_ctx, n_embd), **blocks, **norm}
 
 
+def llama_shapes(config):
+    """{path: shape} of all parameters of a LLaMA; variants/llama.py says what the sizes in `config` are. There are no
+    biases. Without "lm_head" (config["tied"]), wte serves at the output too."""
+    n_vocab, n_embd, n_ffn = config["n_vocab"], config["n_embd"], config["n_ffn"]
+    n_query, n_key = config["n_head"] * config["d_head"], config["n_head_kv"] * config["d_head"]
+    block = {
+        "ln_1/g": (n_embd,),
+        "attn/c_q/w": (n_embd, n_query),
+        "attn/c_k/w": (n_embd, n_key),
+        "attn/c_v/w": (n_embd, n_key),
+        "attn/c_proj/w": (n_query, n_embd),
+        "ln_2/g": (n_embd,),
+        "mlp/c_gate/w": (n_embd, n_ffn),
+        "mlp/c_up/w": (n_embd, n_ffn),
+        "mlp/c_down/w": (n_ffn, n_embd),
+    }
+    blocks = {("blocks", i, *name.split("/")): shape for i in range(config["n_layer"]) for name, shape in block.items()}
+    head = {} if config["tied"] else {("lm_head",): (n_vocab, n_embd)}
+    return {("wte",): (n_vocab, n_embd), **blocks, ("ln_f", "g"): (n_embd,), **head}
+
+
 def check_hparams(file, found, names=None):
     """The five sizes in `found`, the object read from `file`, where some may have other `names`. Raises OSError unless
     each is a whole number above 0 that a model can have."""
