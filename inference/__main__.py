@@ -19,30 +19,37 @@ import cli
 import utils
 from gpt2 import check_inputs
 from inference import batching, beam, sampling, trace
+from inference import chat as chats
 from inference import model as models
 from inference.generate import Sequence, generate
 from weights.files import read_text
 from weights.params import find_dtype, why_not_finite
 
 STOPPING = {"false": False, "true": True, "never": "never"}
+N_ANSWER = 512  # tokens of an answer of a chat model, which ends by itself, if nothing else is said
 MARK = "\ufeff"  # the byte order mark with which Windows begins a text file
 
 
+class LeftOut(int):
+    """The default of a number whose meaning depends on other flags. A number that the user gives is an int."""
+
+
 # fmt: off
-def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = "", models_dir: str = "",
+def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_size: str = "", models_dir: str = "",
          base_url: str = "", backend: str = "numpy", dtype: str = "float32", prompt_file: str = "",
          temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int | None = None,
          repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0, min_new_tokens: int = 0, bad_words: list = (),
          stop: list = (), stop_at_eos: bool | None = None, overflow: str = "error",
          num_samples: int = 1, batch: bool = False, num_beams: int = 1, length_penalty: float = 1.0,
-         early_stopping: str = "false", json: bool = False, trace: int = 0):
+         early_stopping: str = "false", json: bool = False, trace: int = 0,
+         chat: bool = False, system: str = ""):
     # fmt: on
     """GPT-2 continues your text. The new text alone goes to stdout, as it is generated; all else to stderr.
 
     Args:
         prompt: the text to continue; without one (and without piped stdin) the model begins a text of its own
-        n_tokens_to_generate: how many tokens (parts of words) to add, at most n_ctx minus the prompt's
-        model_size: 124M, 355M, 774M, 1558M, 3M or a model folder; left out: 124M if it can be had, else 3M
+        n_tokens_to_generate: how many tokens (parts of words) to add, up to n_ctx minus the prompt's; with --chat: 512
+        model_size: 124M, 355M, 774M, 1558M, 3M, smollm2, owner/name, a folder or file; left out: 124M, or else 3M
         models_dir: where the folders of models are; left out: models/ beside gpt2.py
         base_url: where to download from; left out: the environment's GPT2_BASE_URL, or OpenAI's address
         backend: numpy, or jax (compiled, and on an accelerator if there is one)
@@ -66,17 +73,25 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         length_penalty: for beams, -10 to 10: above 0 favours long texts; 1: the mean log-probability
         early_stopping: for beams: false, true or never: when enough have ended (inference/beam.py)
         json: a JSON object a line: prompt, text, token_ids, log_probabilities (score), stop_reason, seconds
+        chat: the prompt is a message, and the model answers; without one, on a terminal, it is a conversation
+        system: with --chat: what the model is to know or to do in all answers
         trace: show this many candidates for each token on stderr, up to 20; 0: off
     """
     flags = SimpleNamespace(**locals())
     flags.stop, flags.bad_words = as_texts(stop), as_texts(bad_words)
+    if chat and isinstance(n_tokens_to_generate, LeftOut):
+        flags.n_tokens_to_generate = LeftOut(N_ANSWER)
     check(flags)
     find_dtype(dtype)
     device = backends.get(backend).setup(dtype)
     prompts = read_prompts(flags)
-    tokenizer, model = models.load(model_size, models_dir, base_url, backend, dtype)
+    flags.path = utils.choose_model(model_size, models_dir, base_url).resolve()
+    flags.template = chats.load_template(flags.path) if chat else None
+    tokenizer, model = models.load(str(flags.path), backend=backend, dtype=dtype)
+    if chat and prompts == [""]:
+        return chats.converse(*conversation(flags, tokenizer, model))
     sequences = make_sequences(flags, tokenizer, model, prompts)
-    if any(prompt.endswith(" ") for prompt in prompts):
+    if not chat and any(prompt.endswith(" ") for prompt in prompts):
         print("hint: a prompt ends in a space, which belongs to the next token: leave it out", file=sys.stderr)
     if backend != "numpy":
         print(device, file=sys.stderr)

@@ -34,7 +34,6 @@ import functools
 import math
 import os
 import struct
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +80,7 @@ WORDS = {
     "c_up": "ffn_up",
     "c_down": "ffn_down",
 }
+ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
 N_CHUNK = 2**16  # bytes that are dequantized at once: the numbers that they become stay in a processor's cache
 
 
@@ -212,12 +212,22 @@ def read_config(path):
     return config | {"rope_scaling": None, "tied": "output.weight" not in tensors}
 
 
+def end_ids(path, special):
+    """The ids of the tokens that end a text or a turn of a conversation, by the file and by their names among
+    `special`, {text: id}. A file names one of them, mostly the end of a turn."""
+    fields = read_header(path).fields
+    found = [fields[name] for name in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if name in fields]
+    return found + [special[text] for text in ENDS if text in special and special[text] not in found]
+
+
 # ---- The weights ----
 
 
 def load_llama_params(path, config):
     """The params of a GGUF file in float32. Raises OSError naming the file and the tensor if one is missing, of
     another shape, not inside the file, or of a type that gguf cannot dequantize."""
+    from concurrent.futures import ThreadPoolExecutor  # here, as this takes a while, and most programs need no GGUF file
+
     tensors = read_header(path).tensors
     found = {name: tensor.shape for name, tensor in tensors.items()}
     shapes = {place: shape[::-1] if place[-1] == "w" else shape for place, shape in llama_shapes(config).items()}
@@ -241,8 +251,10 @@ def load_llama_params(path, config):
 
 def locate(path, tensors, n_data):
     """{name: Place} of the tensors. Raises OSError unless they lie inside the file and do not overlap."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
+    try:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    except ModuleNotFoundError:
+        raise ValueError(f"{path} needs the package gguf: python3 -m pip install gguf") from None
     places, end, last = {}, 0, ""
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         try:
