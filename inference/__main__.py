@@ -10,6 +10,7 @@ import inspect
 import sys
 import time
 from json import dumps
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
@@ -85,11 +86,13 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_siz
     find_dtype(dtype)
     device = backends.get(backend).setup(dtype)
     prompts = read_prompts(flags)
-    flags.path = utils.choose_model(model_size, models_dir, base_url).resolve()
-    flags.template = chats.load_template(flags.path) if chat else None
-    tokenizer, model = models.load(str(flags.path), backend=backend, dtype=dtype)
-    if chat and prompts == [""]:
-        return chats.converse(*conversation(flags, tokenizer, model))
+    if chat:  # the template first: a model that has none is not loaded
+        flags.model_size = str(utils.choose_model(model_size, models_dir, base_url).resolve())
+        flags.template = chats.load_template(Path(flags.model_size))
+    tokenizer, model = models.load(flags.model_size, models_dir, base_url, backend, dtype)
+    if is_conversation(flags):
+        start = chats.Conversation(model, tokenizer, flags.template, system)
+        return chats.converse(start, functools.partial(make_answer, flags, tokenizer, model))
     sequences = make_sequences(flags, tokenizer, model, prompts)
     if not chat and any(prompt.endswith(" ") for prompt in prompts):
         print("hint: a prompt ends in a space, which belongs to the next token: leave it out", file=sys.stderr)
@@ -151,6 +154,11 @@ def rules(f):
         yield not beams and name in is_set, f"--{name} has no effect without --num_beams"
     yield cold and f.seed is not None, "--seed has no effect at --temperature 0: set --temperature too"
     yield cold and f.num_samples > 1, "--num_samples are all the same at --temperature 0: set --temperature too"
+    yield f.system and not f.chat, "--system has no effect without --chat"
+    yield f.chat and "stop_at_eos" in is_set, "an answer always ends at the model's end ids: leave out --stop_at_eos"
+    yield f.chat and "overflow" in is_set, "--overflow would cut off the beginning of the messages: leave it out"
+    for name in ("json", "trace", "num_samples", "num_beams"):
+        yield is_conversation(f) and name in is_set, f"--{name} is for one message: give it as the prompt"
     for name in ("trace", "overflow"):
         yield name in is_set and (beams or several), f"--{name} is for one text that is not searched by beams"
 
@@ -171,11 +179,18 @@ def read_prompts(flags):
         raise ValueError("a prompt and --prompt_file are two prompts: give one")
     source = flags.prompt_file or ("-" if not flags.prompt and cli.stdin_is_piped() else "")
     prompt = read_prompt_file(source) if source else flags.prompt
+    if flags.chat and not prompt.strip() and not is_conversation(flags):
+        raise ValueError("--chat needs a message: give it as the prompt, or start this on a terminal")
     if not flags.batch:
         return [prompt] * flags.num_samples
     if not prompt:
         raise ValueError(f"--prompt_file {flags.prompt_file}: no lines")
     return [line.removesuffix("\r") for line in prompt.split("\n")]
+
+
+def is_conversation(flags):
+    """Whether messages are typed on a terminal, one after the other."""
+    return flags.chat and not flags.prompt and not flags.prompt_file and sys.stdin is not None and sys.stdin.isatty()
 
 
 def read_prompt_file(path):
@@ -192,23 +207,53 @@ def read_prompt_file(path):
 
 def make_sequences(flags, tokenizer, model, prompts):
     """A Sequence for each prompt. Raises ValueError if one is too long for n_ctx, unless --overflow is slide."""
-    words = [space + word.strip() for word in flags.bad_words for space in ("", " ")]
-    params = sampling_params(
-        flags, bad_words=tuple(tuple(tokenizer.encode(word)) for word in words), end_ids=model.end_ids,
-        banned=utils.ids_without_token(tokenizer, model.n_vocab, model.end_ids),
-    )  # fmt: skip
-    stops = model.stop_at_eos if flags.stop_at_eos is None else flags.stop_at_eos
-    settings = {"end_ids": model.end_ids if stops else (), "stop": flags.stop, "keep_log_probabilities": flags.json}
-    sequences = []
+    make, sequences = sequence_maker(flags, tokenizer, model), []
     for i, prompt in enumerate(prompts):
-        ids, n_new, seed = utils.first_ids(tokenizer, prompt), flags.n_tokens_to_generate, flags.seed
+        ids = prompt_ids(flags, tokenizer, prompt)
+        n_new = n_answer(flags, model, ids)
         if flags.overflow == "error":
             try:
                 check_inputs(ids, n_new, model.n_vocab, model.n_ctx)
             except ValueError as error:
                 raise ValueError(f"line {i + 1}: {error}" if flags.batch else str(error)) from None
-        sequences.append(Sequence(tokenizer, ids, n_new, params, seed=None if seed is None else seed + i, **settings))
+        sequences.append(make(ids, n_new, i))
     return sequences
+
+
+def prompt_ids(flags, tokenizer, prompt):
+    """The ids of a prompt; with --chat, of the prompt as a message."""
+    if not flags.chat:
+        return utils.first_ids(tokenizer, prompt)
+    return flags.template.encode(tokenizer, chats.as_messages(prompt, flags.system))
+
+
+def n_answer(flags, model, ids):
+    """The number of tokens to generate: what the flag says, or for an answer what n_ctx leaves of N_ANSWER."""
+    n_new = flags.n_tokens_to_generate
+    return max(1, min(n_new, model.n_ctx - len(ids))) if isinstance(n_new, LeftOut) and flags.chat else n_new
+
+
+def make_answer(flags, tokenizer, model, ids):
+    """The Sequence of an answer in a conversation, where what n_ctx leaves is always the limit."""
+    n_new = min(flags.n_tokens_to_generate, model.n_ctx - len(ids))
+    return sequence_maker(flags, tokenizer, model)(ids, n_new, 0)
+
+
+def sequence_maker(flags, tokenizer, model):
+    """(ids, number of new tokens, its place among several) -> a Sequence, as the flags say."""
+    words = [space + word.strip() for word in flags.bad_words for space in ("", " ")]
+    params = sampling_params(
+        flags, bad_words=tuple(tuple(tokenizer.encode(word)) for word in words), end_ids=model.end_ids,
+        banned=utils.ids_without_token(tokenizer, model.n_vocab, model.end_ids),
+    )  # fmt: skip
+    stops = flags.chat or (model.stop_at_eos if flags.stop_at_eos is None else flags.stop_at_eos)
+    settings = {"end_ids": model.end_ids if stops else (), "stop": flags.stop, "keep_log_probabilities": flags.json}
+
+    def make(ids, n_new, i):
+        seed = None if flags.seed is None else flags.seed + i
+        return Sequence(tokenizer, ids, n_new, params, seed=seed, **settings)
+
+    return make
 
 
 # ---- From sequences to text ----
@@ -241,6 +286,8 @@ def stream(flags, model, sequence):
             print(*trace.lines(sequence, flags.trace, n_step, rich=sys.stderr.isatty()), sep="\n", file=sys.stderr)
         if is_streamed(flags):
             print(piece, end="", flush=True)
+    if flags.chat:
+        chats.hint_if_cut(sequence, model.n_ctx)
 
 
 def search(flags, model, prompts, sequences):

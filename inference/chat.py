@@ -1,7 +1,7 @@
 """Asking a chat model: messages become the ids of a prompt, and the model's answer is the next message.
 
-    template = load_template(path, tokenizer)
-    ids = template.encode([{"role": "user", "content": "What is the capital of France?"}])
+    template = load_template(path)
+    ids = template.encode(tokenizer, [{"role": "user", "content": "What is the capital of France?"}])
 
 A chat model was trained on texts of a certain form, with special tokens around each message. The form is a program in
 the language Jinja, the chat template, which comes with the model. SmolLM2's makes this of the question:
@@ -22,7 +22,6 @@ import datetime
 import json
 import re
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import cli
@@ -32,28 +31,27 @@ from inference.model import init_cache, n_positions, step
 from weights.files import read_json, read_text
 from weights.gguf import read_header
 from weights.params import tree_map
-from weights.tokenizer import split_special
+from weights.tokenizer import END_OF_TEXT, split_special
 
 MIN_JINJA = (3, 1, 6)  # earlier sandboxes can be escaped from
 
 
 class Template(NamedTuple):
-    """A compiled chat template: where it is from, Jinja's object, the texts of the model's special tokens that it may
-    use, such as bos_token, and the model's tokenizer."""
+    """A compiled chat template: where it is from, Jinja's object, and the texts of the special tokens that it may use,
+    such as bos_token."""
 
     path: Any
     program: Any
     names: dict
-    tokenizer: Any
 
-    def encode(self, messages):
+    def encode(self, tokenizer, messages):
         """The ids of [{"role": ..., "content": ...}, ...] and of the beginning of an answer. Raises OSError if the
         template fails."""
-        special, contents = self.tokenizer.special, [message["content"] for message in messages]
+        special, contents = tokenizer.special, [message["content"] for message in messages]
         mark = next(chr(i) for i in range(0xF0000, 0x110000) if not any(chr(i) in text for text in contents))
         guarded = [message | {"content": guard(message["content"], special, mark)} for message in messages]
         parts = split_special(self.render(guarded), special, special)
-        return self.tokenizer.encode_parts([p.replace(mark, "") if isinstance(p, str) else p for p in parts])
+        return tokenizer.encode_parts([p.replace(mark, "") if isinstance(p, str) else p for p in parts])
 
     def render(self, messages):
         """The messages as one text, with the beginning of an answer at its end. Raises OSError as above."""
@@ -79,15 +77,13 @@ def guard(text, special, mark):
 # ---- From files ----
 
 
-def load_template(path, tokenizer):
-    """The Template of a model folder or .gguf file. Raises ValueError if it has none or if jinja2 is missing, OSError if
-    it is no template."""
+def load_template(path):
+    """The Template of a model folder or .gguf file. Raises ValueError if it has none or if jinja2 is missing, OSError for
+    what is no template."""
     text, names = read_gguf_template(path) if path.suffix == ".gguf" else read_template(path)
     if text is None:
         raise ValueError(f"{path} has no chat template, so it is no chat model: leave out --chat, or choose smollm2")
-    if tokenizer.end_of_text is not None:
-        names = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>") | names
-    return Template(path, compile_template(path, text), names, tokenizer)
+    return Template(path, compile_template(path, text), names)
 
 
 def read_gguf_template(path):
@@ -102,7 +98,8 @@ def read_gguf_template(path):
 def read_template(folder):
     """The same of a model folder: chat_template.jinja, or an entry of tokenizer_config.json."""
     config = folder / "tokenizer_config.json"
-    config = read_json(config) if config.exists() else {}
+    known = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)  # what GPT-2's are, if nothing is said
+    config = read_json(config) if config.exists() else known
     text = config.get("chat_template")
     if isinstance(text, list):  # several, with names
         text = next((t.get("template") for t in text if isinstance(t, dict) and t.get("name") == "default"), None)
@@ -150,8 +147,8 @@ class Conversation:
     cached      the ids whose keys and values are in the cache
     """
 
-    def __init__(self, model, template, system=""):
-        self.model, self.template = model, template
+    def __init__(self, model, tokenizer, template, system=""):
+        self.model, self.tokenizer, self.template = model, tokenizer, template
         self.beginning = as_messages("", system)
         self.messages, self.cached, self.cache = self.beginning, [], None
 
@@ -159,11 +156,11 @@ class Conversation:
         """The ids that ask for an answer to a message. When the context is full, the conversation begins anew, and
         a line on stderr says so. Raises ValueError for a message that is too long even then."""
         n_ctx = self.model.n_ctx
-        ids = self.template.encode([*self.messages, *as_messages(message)])
+        ids = self.template.encode(self.tokenizer, [*self.messages, *as_messages(message)])
         if len(ids) >= n_ctx and self.messages != self.beginning:
             print(f"the conversation has filled the context of {n_ctx} tokens: it begins anew", file=sys.stderr)
             self.messages = self.beginning
-            ids = self.template.encode([*self.messages, *as_messages(message)])
+            ids = self.template.encode(self.tokenizer, [*self.messages, *as_messages(message)])
         if len(ids) >= n_ctx:
             raise ValueError(f"the message makes a prompt of {len(ids)} tokens, the context has {n_ctx}: shorten it")
         return ids
@@ -188,7 +185,9 @@ class Conversation:
         if self.cache is None or n_positions(self.cache) < n_tokens:
             larger = init_cache(self.model, n_tokens)
             old = self.cache
-            self.cache = larger if old is None else tree_map(lambda new, part: update(new, part, (0, 0, 0)), larger, old)
+            self.cache = (
+                larger if old is None else tree_map(lambda new, part: update(new, part, (0, 0, 0)), larger, old)
+            )
 
 
 def as_messages(message, system=""):

@@ -226,7 +226,9 @@ def end_ids(path, special):
 def load_llama_params(path, config):
     """The params of a GGUF file in float32. Raises OSError naming the file and the tensor if one is missing, of
     another shape, not inside the file, or of a type that gguf cannot dequantize."""
-    from concurrent.futures import ThreadPoolExecutor  # here, as this takes a while, and most programs need no GGUF file
+    from concurrent.futures import (
+        ThreadPoolExecutor,
+    )  # here, as this takes a while, and most programs need no GGUF file
 
     tensors = read_header(path).tensors
     found = {name: tensor.shape for name, tensor in tensors.items()}
