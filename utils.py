@@ -210,6 +210,11 @@ def first_ids(encoder, prompt):
 # ---- Saving ----
 
 
+def layouts_of(hparams):
+    """The layouts in which a model can be written: OpenAI's has no place for what a LLaMA has more than a GPT-2."""
+    return LAYOUTS if architecture(hparams) == "gpt2" else ("hf",)
+
+
 def save_tokenizer(source, folder, layouts=LAYOUTS):
     """Writes the tokenizer of the folder `source` as the two files of each layout: unchanged if the source has them,
     else made from its tokenizer.json. Raises OSError if one is missing or damaged."""
@@ -228,12 +233,12 @@ def save_tokenizer(source, folder, layouts=LAYOUTS):
 
 
 def save_model(folder, hparams, params, layouts=LAYOUTS, name="model.ckpt", ending=None):
-    """Writes hparams, params and the Ending; a folder may have both layouts. `name` is the TensorFlow checkpoint's. A
-    LLaMA is written in Hugging Face's layout alone, as OpenAI's has no place for what it has more.
+    """Writes hparams, params and the Ending; a folder may have both layouts. `name` is the TensorFlow checkpoint's.
+    Of `layouts` those of layouts_of(hparams) are written.
 
     The weights are written last, so the folder can be loaded at any moment.
     """
-    folder = Path(folder)
+    folder, layouts = Path(folder), {*layouts} & {*layouts_of(hparams)}
     if "hf" in layouts:
         vocab = folder / "vocab.json"
         end_of_text = read_json(vocab).get(END_OF_TEXT) if vocab.exists() else None
@@ -242,7 +247,7 @@ def save_model(folder, hparams, params, layouts=LAYOUTS, name="model.ckpt", endi
             eos = {"eos_token_id": list(ending.end_ids)} if ending.stop_at_eos else {}
             write_text(folder / "generation_config.json", json.dumps({"bos_token_id": end_of_text} | eos) + "\n")
         write_tensors(folder / "model.safetensors", hf_tensors(hparams, params))
-    if "tf" in layouts and architecture(hparams) == "gpt2":
+    if "tf" in layouts:
         write_text(folder / "hparams.json", json.dumps(hparams | (ending._asdict() if ending else {})))
         save_gpt2_params_to_tf_ckpt(folder / name, params)
 

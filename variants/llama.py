@@ -61,9 +61,12 @@ from inference.kv_cache import causal_attention, causal_mask, extend
 from inference.model import Model
 from weights.params import architecture, cast
 
-project = functools.partial(linear, b=0)  # a linear layer without a bias: [..., n_in] -> [..., n_out]
-
 # ---- Functions of a vector ----
+
+
+def project(x, w):
+    """A linear layer without a bias, [..., n_in] -> [..., n_out]: gpt2.linear with the bias 0."""
+    return linear(x, w, 0)
 
 
 @keeps_dtype(compute="float32")
@@ -175,7 +178,7 @@ def gqa(x, c_q, c_k, c_v, c_proj, config, rotation, mask):
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, config, rotation, mask):
-    """gpt2.transformer_block, with the new parts in the old places."""
+    """gpt2.transformer_block: the new parts in the old places."""
     x = x + gqa(rms_norm(x, **ln_1, eps=config["eps"]), **attn, config=config, rotation=rotation, mask=mask)
     return x + swiglu(rms_norm(x, **ln_2, eps=config["eps"]), **mlp)
 
@@ -185,14 +188,25 @@ def embed(inputs, wte):
     return wte[np.asarray(inputs)]  # [n_seq] -> [n_seq, n_embd]
 
 
+def whole(n_seq, config, dtype):
+    """What all blocks need to know of a text that is computed as a whole: its rotations and the causal mask."""
+    rotation = rotations(numpy.arange(n_seq), n_seq, config, dtype)
+    return {"rotation": rotation, "mask": np.tri(n_seq, dtype=bool)}
+
+
+def final(x, wte, ln_f, lm_head, eps):
+    """The logits: gpt2.unembed of the normalized vectors, with wte unless there is an lm_head."""
+    return unembed(rms_norm(x, **ln_f, eps=eps), wte if lm_head is None else lm_head)  # -> [..., n_vocab]
+
+
 def llama(inputs, wte, blocks, ln_f, lm_head=None, *, config):
     """The logits of every position, [n_seq, n_vocab], as gpt2.gpt2 gives them: `inputs` are [n_seq] ids, wte and
     lm_head (None: wte serves again) are [n_vocab, n_embd]."""
-    n_seq, x = len(inputs), embed(inputs, wte)
-    rotation, mask = rotations(numpy.arange(n_seq), n_seq, config, x.dtype), np.tri(n_seq, dtype=bool)
+    x = embed(inputs, wte)  # [n_seq] -> [n_seq, n_embd]
+    where = whole(len(inputs), config, x.dtype)
     for block in blocks:
-        x = transformer_block(x, **block, config=config, rotation=rotation, mask=mask)
-    return unembed(rms_norm(x, **ln_f, eps=config["eps"]), wte if lm_head is None else lm_head)
+        x = transformer_block(x, **block, config=config, **where)
+    return final(x, wte, ln_f, lm_head, config["eps"])  # [n_seq, n_embd] -> [n_seq, n_vocab]
 
 
 # ---- With a cache: see inference/kv_cache.py ----
@@ -228,7 +242,7 @@ def forward(params, tokens, cache, position, last=None, *, config, jit=lambda f:
         x, layer = block_step(x, **block, rotation=rotation, mask=mask, cache=layer, position=position)
         new_cache.append(layer)
     x = x if last is None else x[last]  # [n_seq, n_embd] -> [n_embd]
-    return unembed(rms_norm(x, **params["ln_f"], eps=config["eps"]), params.get("lm_head", params["wte"])), new_cache
+    return final(x, params["wte"], params["ln_f"], params.get("lm_head"), config["eps"]), new_cache
 
 
 # ---- As a Model, and from files ----

@@ -129,7 +129,7 @@ def what_else(path):
         if path.with_name(name).exists():
             return (
                 f"{path.with_name(name)} cannot be read here, and reading a pickle can run code. Convert it with "
-                f"transformers: AutoModelForCausalLM.from_pretrained({str(path.parent)!r}).save_pretrained('new_folder')"
+                f"transformers: AutoModelForCausalLM.from_pretrained({str(path.parent)!r}).save_pretrained('new')"
             )
     return f"{path}: No such file or directory"
 
