@@ -78,8 +78,8 @@ def guard(text, special, mark):
 
 
 def load_template(path):
-    """The Template of a model folder or .gguf file. Raises ValueError if it has none or if jinja2 is missing, OSError for
-    what is no template."""
+    """The Template of a model folder or .gguf file. Raises ValueError if it has none or if jinja2 is missing, OSError
+    for what is no template."""
     text, names = read_gguf_template(path) if path.suffix == ".gguf" else read_template(path)
     if text is None:
         raise ValueError(f"{path} has no chat template, so it is no chat model: leave out --chat, or choose smollm2")

@@ -41,7 +41,7 @@ class LibraryTokenizer:
             self._first = tokenizers.Tokenizer.from_str(json.dumps(found))
             self._other = tokenizers.Tokenizer.from_str(json.dumps(without_first_space(found)))
         except Exception as error:  # the library raises nothing more special
-            raise OSError(f"{path}: no tokenizer, or a damaged one ({error})") from None
+            raise OSError(f"{other}; and for the tokenizers library it is no tokenizer ({error})") from None
         self._first.encode_special_tokens = self._other.encode_special_tokens = True  # they stay text in texts
         self._unspell = unspell
         self._is_byte_level = '"ByteLevel"' in json.dumps([found.get("decoder"), found.get("pre_tokenizer")])

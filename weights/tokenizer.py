@@ -77,7 +77,7 @@ def read_tokenizer(folder):
         merges, ids = read_merges(folder / "vocab.bpe"), read_json(file)
     if file.name != "encoder.json" and (config := folder / "tokenizer_config.json").exists():
         for name in {"add_prefix_space", "add_bos_token"} & {key for key, value in read_json(config).items() if value}:
-            if file.name == "tokenizer.json":
+            if name == "add_bos_token" and file.name == "tokenizer.json":
                 raise OtherKind(file, f"{name} is on in tokenizer_config.json")
             raise OSError(f"{config}: {name} is on, which GPT-2's tokenizer does not do: {NO_OTHER}")
     return Files(file, ids, merges, added, splitting)
