@@ -154,9 +154,15 @@ def encode(tokenizer, prompt):
     return [first_ids(tokenizer, p) if isinstance(p, str) else p for p in prompts]
 
 
-def as_messages(messages):
-    """The messages of a chat with strings as contents, and with the roles that templates know."""
-    return [{"role": ROLES[message["role"]], "content": text_of(message)} for message in messages]
+def encode_chat(template, tokenizer, messages):
+    """The ids of a conversation, by the model's chat template, or None if it has none. Raises Refused."""
+    if template is None:
+        raise Refused("this model has no chat template: use /v1/completions", "model", "no_chat_template")
+    plain = [{"role": ROLES[message["role"]], "content": text_of(message)} for message in messages]
+    try:
+        return template.encode(tokenizer, plain)
+    except OSError as error:  # a template may refuse an order of roles
+        raise Refused(f"messages: {error}", "messages") from None
 
 
 def check(values, inputs, n_new, n_vocab, n_tokens, n_slots):

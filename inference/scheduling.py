@@ -24,9 +24,13 @@ CHUNK = 64  # tokens of prompts that a step computes
 class QueueFull(Exception):
     """As many jobs are waiting as max_queue allows."""
 
+    code = "queue_full"
+
 
 class Closed(Exception):
     """The scheduler is shutting down."""
+
+    code = "shutting_down"
 
 
 class Scheduler:

@@ -13,7 +13,6 @@ import contextlib
 import hmac
 import json
 import time
-from json import JSONDecodeError
 from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
@@ -22,10 +21,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from inference.jobs import make_jobs
-from inference.requests import CHAT, COMPLETIONS, as_messages, check, encode, parse
-from inference.scheduling import Closed
+from inference.requests import CHAT, COMPLETIONS, Refused, check, encode, encode_chat, parse
 from serving.metrics import Metrics
-from serving.reply import Problem, Reply, as_problem
+from serving.reply import Reply, explain
 
 MAX_BODY = 4 << 20  # bytes; far more than the longest prompts of any model here
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -36,7 +34,7 @@ class Service(NamedTuple):
     """What the application serves.
 
     n_tokens    how many tokens a prompt and its continuation may have together
-    render      (messages) -> ids, by the model's chat template; None if it has none
+    template    the model's chat template (inference/chat.py), or None
     hosts       the names that a Host header may have; () is any
     """
 
@@ -45,7 +43,7 @@ class Service(NamedTuple):
     model: Any
     scheduler: Any
     n_tokens: int
-    render: Any = None
+    template: Any = None
     api_key: str = ""
     hosts: tuple = LOOPBACK
 
@@ -66,18 +64,15 @@ def make_app(service):
 
     async def chat(request):
         values = await read_values(request, service, CHAT)
-        if service.render is None:
-            raise Problem(400, f"{service.name} has no chat template: use /v1/completions", "model", "no_chat_template")
-        ids = service.render(as_messages(values.messages))
+        ids = encode_chat(service.template, service.tokenizer, values.messages)
         limits = values.max_completion_tokens, values.max_tokens, max(1, service.n_tokens - len(ids))
         n_new = next(limit for limit in limits if limit is not None)
         n_candidates = (values.top_logprobs or 0) if values.logprobs else None
         return await answer(request, service, metrics, values, [ids], n_new, n_candidates, chat=True)
 
     async def health(request):
-        if not service.scheduler.is_open():
-            raise Closed("the server is shutting down")
-        return JSONResponse({"status": "ok"})
+        status = ("ok", 200) if service.scheduler.is_open() else ("shutting down", 503)
+        return JSONResponse({"status": status[0]}, status[1])
 
     async def show_metrics(request):
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -103,43 +98,45 @@ def make_app(service):
 
 def answer_error(request, error):
     """Every error is OpenAI's error object."""
-    problem = as_problem(error)
-    return JSONResponse(problem.body, problem.status, HEADERS.get(problem.status))
+    if isinstance(error, HTTPException):
+        error = Refused(error.detail, code="not_found" if error.status_code == 404 else "not_allowed")
+    status, body = explain(error)
+    return JSONResponse(body, status, HEADERS.get(status))
 
 
 # ---- What may come in ----
 
 
 def authorize(request, service):
-    """Raises Problem for a wrong key, and for another Host than ours: that is what a web page would send whose name was
+    """Raises Refused for a wrong key, and for another Host than ours: that is what a web page would send whose name was
     made to point to this machine (DNS rebinding)."""
     if service.hosts and request.url.hostname not in service.hosts:
-        raise Problem(403, f"{request.url.hostname!r:.80} is no name of this server: with --host 0.0.0.0 it has any")
+        raise Refused(f"{request.url.hostname!r:.80} is no name of this server", code="unknown_host")
     kind, _, key = request.headers.get("authorization", "").partition(" ")
     is_right = hmac.compare_digest(key.strip().encode("latin-1"), service.api_key.encode())  # as long for every key
     if service.api_key and not (kind.lower() == "bearer" and is_right):
-        raise Problem(401, "wrong or missing API key: send Authorization: Bearer KEY", code="invalid_api_key")
+        raise Refused("wrong or missing API key: send Authorization: Bearer KEY", code="invalid_api_key")
 
 
 def check_name(service, name):
     if name != service.name:
-        raise Problem(404, f"no model {name!r:.80}: this is {service.name}", "model", "model_not_found")
+        raise Refused(f"no model {name!r:.80}: this is {service.name}", "model", "model_not_found")
 
 
 async def read_values(request, service, table):
     """The checked values of a request."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Problem(415, "send Content-Type: application/json")  # which a form on a web page cannot
+        raise Refused("send Content-Type: application/json", code="unsupported_media_type")  # no web form can
     size, parts = 0, []
     async for part in request.stream():  # to its end in any case, as a client that is still sending reads no answer
         size += len(part)
         parts = [*parts, part] if size <= MAX_BODY else []
     if size > MAX_BODY:
-        raise Problem(413, f"the body has {size} bytes, more than {MAX_BODY}")
+        raise Refused(f"the body has {size} bytes, more than {MAX_BODY}", code="too_large")
     try:
         values = parse(json.loads(b"".join(parts)), table)
-    except (JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Problem(400, f"the body is not JSON: {error}", code="invalid_json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Refused(f"the body is not JSON: {error}", code="invalid_json") from None
     check_name(service, values.model)
     return values
 

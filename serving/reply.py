@@ -11,57 +11,48 @@ import secrets
 import sys
 import time
 
-from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from inference.jobs import BeamJob
-from inference.scheduling import Closed, QueueFull
 
+# fmt: off
+STATUSES = {"invalid_api_key": 401, "unknown_host": 403, "model_not_found": 404, "not_found": 404, "not_allowed": 405,
+            "too_large": 413, "unsupported_media_type": 415, "queue_full": 429, "internal_error": 500,
+            "shutting_down": 503}  # every other code: 400
+# fmt: on
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 FINISH_REASONS = {None: None, "length": "length", "stop": "stop", "end_of_text": "stop"}
 
 
-class Problem(Exception):
-    """An answer that is an error: the HTTP status, and the body with OpenAI's error object."""
-
-    def __init__(self, status, message, param=None, code=None):
-        kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-        self.status, self.body = status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def as_problem(error):
-    """The Problem that tells a client of an exception."""
-    if isinstance(error, Problem):
-        return error
-    if isinstance(error, HTTPException):
-        return Problem(error.status_code, error.detail)
-    if isinstance(error, ValueError):
-        return Problem(400, str(error), getattr(error, "param", None), getattr(error, "code", "invalid_value"))
-    if isinstance(error, (QueueFull, Closed)):
-        status, code = (429, "queue_full") if isinstance(error, QueueFull) else (503, "shutting_down")
-        return Problem(status, str(error), code=code)
-    print(f"a request failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    return Problem(500, f"the server failed at this request: {type(error).__name__}", code="internal_error")
+def explain(error):
+    """(HTTP status, body with OpenAI's error object) for an exception, by its attribute `code`."""
+    code = getattr(error, "code", "invalid_value" if isinstance(error, ValueError) else "internal_error")
+    status, message = STATUSES.get(code, 400), str(error)
+    if status == 500:
+        print(f"a request failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        message = f"the server failed at this request: {type(error).__name__}"
+    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return status, {"error": {"message": message, "type": kind, "param": getattr(error, "param", None), "code": code}}
 
 
 class Reply:
     def __init__(self, name, tokenizer, values, jobs, chat):
         self.tokenizer, self.values, self.jobs, self.chat = tokenizer, values, jobs, chat
         kind = "chat.completion" + ".chunk" * values.stream if chat else "text_completion"
-        head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}", "object": kind}
-        self.head = head | {"created": int(time.time()), "model": name}
+        self.head = {"id": "chat" * chat + f"cmpl-{secrets.token_hex(12)}", "object": kind, "model": name}
+        self.head["created"] = int(time.time())
         self.echoed = [tokenizer.decode(job.ids[: job.n_prompt]) if values.echo else "" for job in jobs]
 
     async def send(self, incoming):
         """The response. It waits for the first Event, as a request may fail before its first token."""
         event = await anext(incoming, None)
         if self.values.stream and event and not event.error:
-            headers = {"Cache-Control": "no-cache"}
-            return StreamingResponse(self.lines(event, incoming), media_type="text/event-stream", headers=headers)
+            lines, headers = self.lines(event, incoming), {"Cache-Control": "no-cache"}
+            return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
         tokens = {job: [*job.prompt_tokens] for job in self.jobs}
         while event:
             if event.error:
-                raise as_problem(event.error)
+                raise event.error
             tokens[event.job] += event.tokens
             event = await anext(incoming, None)
         if not all(job.finish_reason for job in self.jobs):
@@ -90,7 +81,7 @@ class Reply:
                 yield line(self.head | {"choices": [choice]} | ({"usage": None} if counted else {}))
             event = await anext(incoming, None)
         if event:
-            yield line(as_problem(event.error).body)
+            yield line(explain(event.error)[1])
         elif counted:
             yield line(self.head | {"choices": [], "usage": self.usage()})
         yield "data: [DONE]\n\n"
@@ -136,9 +127,8 @@ def token_bytes(tokenizer, i):
 
 
 def chat_logprobs(tokenizer, tokens):
-    def entry(i, log_probability):
-        data = [*token_bytes(tokenizer, i)]
-        return {"token": spell(tokenizer, i), "logprob": finite(log_probability), "bytes": data}
+    def entry(i, p):
+        return {"token": spell(tokenizer, i), "logprob": finite(p), "bytes": [*token_bytes(tokenizer, i)]}
 
     found = [entry(*token[:2]) | {"top_logprobs": [entry(*best) for best in token.candidates]} for token in tokens]
     return {"content": found, "refusal": None}

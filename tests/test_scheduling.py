@@ -14,8 +14,8 @@ from encoder import get_encoder
 from inference import batching, beam
 from inference.batching import Batch
 from inference.generate import Sequence, generate
-from inference.sampling import SamplingParams
 from inference.jobs import BeamJob, Job
+from inference.sampling import SamplingParams
 from inference.scheduling import Closed, QueueFull, Scheduler
 
 jax = oracle("jax")

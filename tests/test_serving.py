@@ -422,6 +422,7 @@ REFUSED_CHATS = [
     ({"messages": [{"role": [], "content": "x"}]}, 400, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "messages"),
     ({"messages": [{"role": "user", "content": "dog " * 300}]}, 400, "messages"),
+    ({"messages": [{"role": "system", "content": "x"}, {"role": "developer", "content": "y"}]}, 400, "messages"),
     ({"top_logprobs": 2}, 400, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
     ({"logprobs": 2}, 400, "logprobs"), ({"tools": [{}]}, 400, "tools"), ({"prompt": "x"}, 400, "prompt"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format"),
@@ -484,9 +485,7 @@ def test_errors_by_type(server, kind):
 
 def test_all_tokens_banned_is_the_clients_mistake(server, monkeypatch):
     every = tuple((i,) for i in range(2048))
-    monkeypatch.setattr(
-        "inference.jobs.Job._coin", lambda job: setattr(job, "params", banning(job, every)) or 0.5
-    )
+    monkeypatch.setattr("inference.jobs.Job._coin", lambda job: setattr(job, "params", banning(job, every)) or 0.5)
     with pytest.raises(openai.BadRequestError, match="every token is banned"):
         server.client.completions.create(model="3M", prompt="x", max_tokens=3)
     monkeypatch.undo()
@@ -564,7 +563,7 @@ def test_a_server_with_a_key(storyteller):
 
 
 def test_a_model_without_a_template(storyteller):
-    with running(storyteller=storyteller, render=None) as server:
+    with running(storyteller=storyteller, template=None) as server:
         is_refused(server.post({"model": "3M"} | NAMELESS, CHAT), 400, "model")
 
 
