@@ -4,12 +4,19 @@ import asyncio
 import collections
 import concurrent.futures
 import json
+import os
 import random
+import re
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
-from conftest import model_of
+from conftest import ROOT, model_of
 from serving_at_work import httpx, openai, running
 from test_jax import STORY_PROMPTS
 
@@ -18,6 +25,7 @@ from inference.beam import search
 from inference.generate import Sequence, generate
 from inference.sampling import SamplingParams
 from inference.scheduling import QueueFull
+from serving.__main__ import main
 
 ONCE = "Once upon a time"
 
@@ -600,7 +608,7 @@ def check_alone_and_together(server, requests):
 
 
 def test_a_request_alone_and_among_others(server, storyteller):
-    check_alone_and_together(server, list(shapes(storyteller[0], 24, seed=0)))
+    check_alone_and_together(server, list(shapes(storyteller[0], 16, seed=0)))
 
 
 @pytest.mark.trial
@@ -717,3 +725,151 @@ def test_shutting_down_without_grace(storyteller):
         server.server.should_exit = True
         with pytest.raises(openai.APIError, match="shutting down"):
             list(held)
+
+
+# ---- Soak ----
+
+
+def memory():
+    """The resident memory of this process in MB."""
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def behave(server, kinds, rng):
+    """One request of a client: a good one, one that it goes away from, or rubbish. Returns what was wrong."""
+    request, expected = kinds[rng.randrange(len(kinds))]
+    body = {"model": "3M"} | request
+    body |= body.pop("extra_body", {})
+    fate = rng.choice(["whole", "whole", "stream", "leave", "rubbish", "stream"])
+    with httpx.Client(base_url=server.url, timeout=600) as http:
+        if fate == "rubbish":
+            path, body = mutated(rng)
+            response = http.post(path, content=json.dumps(body).encode(), headers=JSON)
+            return response.text if response.status_code not in (200, 400, 404, 429) else None
+        if fate == "whole":
+            response = http.post("/v1/completions", json=body)
+            while response.status_code == 429:
+                time.sleep(0.05)
+                response = http.post("/v1/completions", json=body)
+            return response.text if response.status_code != 200 or answered(response.json()) != expected else None
+        with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+            text = ""
+            for n, line in enumerate(response.iter_lines()):
+                if fate == "leave" and n > rng.randrange(8):
+                    return None
+                if line.startswith("data: {") and response.status_code == 200:
+                    text += json.loads(line[6:])["choices"][0]["text"]
+            return text if response.status_code == 200 and text != expected else None
+
+
+def answered(answer):
+    return answer["choices"][0]["text"]
+
+
+def soak(server, encoder, n, n_clients):
+    kinds = [(request, ask(server, request)[0]) for request in shapes(encoder, min(40, n // 4), seed=9)]
+    rng, wrong, sizes = random.Random(4), [], []
+    seeds = [rng.random() for _ in range(n)]
+    with concurrent.futures.ThreadPoolExecutor(n_clients) as pool:
+        for found in pool.map(lambda seed: behave(server, kinds, random.Random(seed)), seeds):
+            wrong += [found] if found else []
+            sizes.append(memory())
+    server.wait_until(lambda: server.scheduler.batch.n_used() == 0 and not server.scheduler.waiting)
+    answers = dict(re.findall(r'gpt2_requests_total{status="(\d+)"} (\S+)', server.http.get("/metrics").text))
+    print(f"\n{answers}, memory {sizes[min(199, n - 1)]:.0f} MB after 200 requests, {sizes[-1]:.0f} MB at the end")
+    assert wrong == []
+    assert [status for status in answers if status.startswith("5")] == []
+    return sizes
+
+
+def test_a_short_soak(storyteller):
+    with running(storyteller=storyteller) as fresh:
+        soak(fresh, storyteller[0], 40, 8)
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize("backend", ["numpy", "jax"])
+def test_a_soak_of_2000_requests(storyteller, backend):
+    with running(backend, storyteller=storyteller) as server:
+        sizes = soak(server, storyteller[0], 2000, 32)
+        assert abs(sizes[-1] - sizes[199]) <= 20
+
+
+# ---- The program ----
+
+
+class Program:
+    """python -m serving in a process of its own."""
+
+    def __init__(self, *flags):
+        words = [sys.executable, "-m", "serving", "--model_size", "3M", *flags]
+        self.process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        self.line = self.process.stderr.readline()
+        self.url = re.search(r"http://\S+", self.line)[0]
+
+    def complete(self, n_new=2):
+        """The pieces of a stream, and how it ended: None, or the exception of the client."""
+        client, pieces = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=600), []
+        try:
+            for chunk in client.completions.create(model="3M", prompt="x", max_tokens=n_new, stream=True,
+                                                   extra_body={"min_tokens": n_new}):  # fmt: skip
+                pieces.append(chunk.choices[0])
+            return pieces, None
+        except (openai.APIError, httpx.HTTPError) as error:
+            return pieces, error
+        except Exception as error:  # the client may use another version of httpx
+            return pieces, error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_sigterm_under_load():
+    """Every client gets a proper last event: a finish_reason, or an error. The status is 0."""
+    program = Program("--port", "0", "--grace", "0.3", "--max_batch", "2")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(program.complete, 250) for _ in range(4)]
+        while "gpt2_slots 2.0" not in httpx.get(f"{program.url}/metrics", timeout=300).text:
+            time.sleep(0.01)
+        program.process.send_signal(signal.SIGTERM)
+        for client in clients:
+            pieces, error = client.result(timeout=300)
+            assert "shutting down" in str(error) or pieces[-1].finish_reason == "length"
+    assert program.process.wait(300) == 0
+    assert program.process.stderr.read() == ""
+
+
+def test_sigkill_and_restart():
+    program = Program("--port", "0")
+    port = program.url.rpartition(":")[2]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        client = pool.submit(program.complete, 250)
+        time.sleep(0.3)
+        program.process.kill()
+        assert client.result(timeout=300)[1] is not None
+    program.process.wait(300)
+    program.process.stderr.close()
+    again = Program("--port", port)
+    assert again.complete()[0][-1].finish_reason == "length"
+    again.process.send_signal(signal.SIGINT)
+    assert again.process.wait(300) == 130
+    assert again.process.stderr.read() == ""
+
+
+def test_bad_flags(command, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        (tmp_path / "hparams.json").write_text("{}")
+        for status, flags, message in [
+            (1, ["--port", port], f"cannot listen at --host 127.0.0.1 --port {port}"),
+            (1, ["--port", "0", "--host", "192.0.2.1"], "cannot listen at --host 192.0.2.1"),
+            (2, ["--port", "70000"], "--port 70000 is out of range"),
+            (2, ["--port", "0", "--model_size", "4M"], "no model '4M'"),
+            (1, ["--port", "0", "--model_size", str(tmp_path)], str(tmp_path)),
+            (2, ["--port", "0", "--max_model_len", "257"], "--max_model_len 257 is more than n_ctx 256"),
+            (2, ["--max_batch", "0"], "--max_batch 0 must be 1 to 1024"),
+            (2, ["--grace", "-1"], "--grace -1.0"),
+            (2, ["--backend", "cupy"], "unknown backend 'cupy'"),
+            (2, ["--dtype", "int8"], "int8"),
+        ]:
+            found, out, err = command(*(["--model_size", "3M"] * ("--model_size" not in flags)), *flags, main=main)
+            assert (found, out, err.count("\n")) == (status, "", 1), err
+            assert message in err
