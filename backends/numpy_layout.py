@@ -26,9 +26,9 @@ SMALL = 1_000_000  # n_rows * n_in * n_out up to which OpenBLAS multiplies witho
 
 
 def prepare(params):
-    """Lays out params for speed, in place, and returns them: each large matrix `w` becomes a ColumnMajor, `wte` a
-    Table."""
-    forms = {"w": ColumnMajor, "wte": Table}
+    """Lays out params for speed, in place, and returns them: each large matrix `w` becomes a ColumnMajor, `wte` and
+    `lm_head` a Table."""
+    forms = {"w": ColumnMajor, "wte": Table, "lm_head": Table}
 
     def lay_out(path, array):
         array = numpy.asarray(array)

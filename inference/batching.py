@@ -28,7 +28,7 @@ import itertools
 import numpy
 
 from backends import np, update
-from inference.model import n_positions, step
+from inference.model import forward, n_positions, step
 from weights.params import tree_map
 
 
@@ -187,7 +187,7 @@ class Batch:
         row = self.model.init_cache(self.model.params, self._n_prompt(None))
         for n in sorted({self.model.backend.bucket_length(n) for n in range(1, self.chunk + 1)}):
             for all_logits in (False, True):
-                _, row = step(self.model, [0] * n, row, 0, all_logits)
+                _, row = forward(self.model, [0] * n, row, 0, all_logits)
                 yield f"prompts of {n} tokens"
         for n in (*self.capacities, *reversed(self.capacities)):
             self._fit_cache(n)
@@ -251,15 +251,20 @@ class Batch:
             sequence = self.joining[0]
             row, start = self.prompt or self._first_row(sequence)
             ids = sequence.ids[start:][: self.chunk]
-            logits, row = step(self.model, ids, row, start, all_logits=sequence.needs_prompt_logits)
-            logits = self.model.backend.to_numpy(logits)
-            if sequence.needs_prompt_logits:
-                sequence.accept_prompt(logits[: len(ids)], start)
-                logits = logits[len(ids) - 1]
+            logits, row = self._forward_prompt(sequence, ids, row, start)
             n_done, self.prompt = n_done + len(ids), (row, start + len(ids))
             if start + len(ids) == len(sequence.ids):
                 results.append((sequence, self._join(sequence, row, logits)))
         return results
+
+    def _forward_prompt(self, sequence, ids, row, start):
+        if not sequence.needs_prompt_logits:
+            logits, row = step(self.model, ids, row, start)
+            return self.model.backend.to_numpy(logits), row
+        logits, row = forward(self.model, ids, row, start, all_logits=True)
+        logits = self.model.backend.to_numpy(logits)
+        sequence.accept_prompt(logits[: len(ids)], start)
+        return logits[len(ids) - 1], row
 
     def _join(self, sequence, row, logits):
         """The prompt is complete: the sequence gets its first token and its slots. Returns the new text."""

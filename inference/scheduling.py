@@ -9,21 +9,14 @@ first served: a job waits until all jobs before it have got a slot. The thread n
 handed to `deliver`, which must return at once, and there are at most as many as tokens were asked for.
 """
 
-import codecs
 import collections
 import functools
 import sys
 import threading
 import time
-from typing import Any, NamedTuple
 
-import numpy
-
-from inference import sampling
 from inference.batching import Batch, capacities
-from inference.beam import Search
-from inference.generate import Sequence
-from utils import ids_without_token
+from inference.jobs import Event
 
 CHUNK = 64  # tokens of prompts that a step computes
 
@@ -31,141 +24,13 @@ CHUNK = 64  # tokens of prompts that a step computes
 class QueueFull(Exception):
     """As many jobs are waiting as max_queue allows."""
 
+    code = "queue_full"
+
 
 class Closed(Exception):
     """The scheduler is shutting down."""
 
-
-class Event(NamedTuple):
-    """What a step has brought for a job."""
-
-    job: Any
-    text: str  # new text, which may be ""
-    tokens: list  # TokenInfos, if they are kept, of the text so far that were not in an earlier event
-    finish_reason: str | None  # not None in the last event; "error": then `error` is an exception
-    error: Exception | None = None
-
-
-class TokenInfo(NamedTuple):
-    id: int
-    log_probability: float | None  # by the model, before any processor; None for the first id of a prompt
-    candidates: tuple  # (id, log-probability) of the likeliest tokens
-    offset: int  # where its text begins, in characters
-
-
-class Job(Sequence):
-    """A Sequence that somebody waits for.
-
-    deliver          called with an Event after each new token, in the scheduler's thread
-    n_candidates     how many candidates to keep of each token; None: no TokenInfos at all
-    prompt_tokens    the TokenInfos of the prompt, if needs_prompt_logits
-    n_reused         how many ids of the prompt were found in the cache of another sequence
-    """
-
-    def __init__(self, *args, deliver, n_candidates=None, needs_prompt_logits=False, **settings):
-        super().__init__(*args, **settings)
-        self.deliver, self.n_candidates, self.needs_prompt_logits = deliver, n_candidates, needs_prompt_logits
-        self.n_prompt = len(self.ids)
-        self.error, self.n_reused, self._unsent, self.prompt_tokens, self._n_echoed = None, 0, [], [], 0
-        if needs_prompt_logits:
-            self.prompt_tokens = [TokenInfo(self.ids[0], None, (), 0)]
-            self._offsets = text_offsets(self.tokenizer, self.ids)
-            self._n_echoed = len(self.tokenizer.decode(self.ids))
-
-    def accept(self, logits):
-        offset = self._n_echoed + len(self.text)
-        try:
-            piece = super().accept(logits)
-        except (ValueError, FloatingPointError) as error:  # of this sequence; the others go on
-            self.error, self.finish_reason = error, "error"
-            return ""
-        if self.n_candidates is not None and self.finish_reason != "end_of_text":
-            self._unsent.append(TokenInfo(self.chosen, *self._look_up(self.logits, self.chosen), offset))
-        return piece
-
-    def accept_prompt(self, logits, start):
-        """Keeps what the model said of the prompt's ids after `start`: logits [n, n_vocab], one row for each id."""
-        for i, row in enumerate(logits[: len(self.ids) - 1 - start], start + 1):
-            found = self._look_up(numpy.asarray(row, numpy.float64), self.ids[i])
-            self.prompt_tokens.append(TokenInfo(self.ids[i], *found, self._offsets[i]))
-
-    def _look_up(self, logits, chosen):
-        log_probabilities = logits - logits.max()
-        log_probabilities -= numpy.log(numpy.exp(log_probabilities).sum())
-        n = min(self.n_candidates or 0, len(logits))
-        best = numpy.argpartition(-logits, n - 1)[:n] if n else []
-        best = sorted(best, key=lambda i: (-logits[i], i))
-        return float(log_probabilities[chosen]), tuple((int(i), float(log_probabilities[i])) for i in best)
-
-    def results(self):
-        """[(text, how many new ids, finish_reason)]: one. A beam search has several."""
-        return [(self.text, len(self.new_ids), self.finish_reason)]
-
-    def event(self, piece):
-        """The Event after a step. A token is held back as long as its text is."""
-        limit = self.n_shown if self.finish_reason in (None, "stop") else float("inf")
-        ready = [token for token in self._unsent if token.offset - self._n_echoed < limit]
-        self._unsent = self._unsent[len(ready) :]
-        return Event(self, piece, ready, self.finish_reason, self.error)
-
-
-class BeamJob(Search):
-    """A beam search that somebody waits for, for its n_results best texts. They are complete in the last Event."""
-
-    n_candidates, prompt_tokens = None, ()
-
-    def __init__(self, tokenizer, *args, deliver, n_results, **settings):
-        super().__init__(*args, **settings)
-        self.tokenizer, self.deliver, self.n_results = tokenizer, deliver, n_results
-        self.n_prompt, self.error, self.n_reused = len(self.inputs), None, 0
-
-    def results(self):
-        return [
-            (self.tokenizer.decode(found.ids), len(found.ids), "end_of_text" if found.ended else "length")
-            for found in self.hypotheses[: self.n_results]
-        ]
-
-    def accept(self, logits):
-        try:
-            return super().accept(logits)
-        except (ValueError, FloatingPointError) as error:
-            self.error, self.finish_reason = error, "error"
-            return ""
-
-    def event(self, piece):
-        return Event(self, piece, [], self.finish_reason, self.error)
-
-
-def text_offsets(tokenizer, ids):
-    """For each id, where its text begins in the text of all, in characters."""
-    decoder, offsets, n = codecs.getincrementaldecoder("utf-8")(errors="replace"), [], 0
-    for i in ids:
-        offsets.append(n)
-        n += len(decoder.decode(tokenizer.token_bytes(i)))
-    return offsets
-
-
-def make_jobs(tokenizer, model, values, inputs, n_new, n_candidates, deliver):
-    """The Jobs of a request: for each of `inputs`, lists of ids, values.n Jobs, the i-th (from 0) with seed + i,
-    or a BeamJob. `values` has the parameters of the request by their names in serving/parameters.py."""
-    cold = values.temperature < 1e-5 or values.use_beam_search
-    words = [space + word.strip() for word in values.bad_words for space in ("", " ")]
-    params = sampling.SamplingParams(
-        *((0.0, 0, 1.0) if cold else (values.temperature, values.top_k, max(values.top_p, 1e-6))),
-        values.repetition_penalty, values.min_tokens, tuple(tuple(tokenizer.encode(word)) for word in words),
-        model.end_ids, 0.0 if cold else values.min_p, banned=ids_without_token(tokenizer, model.n_vocab, model.end_ids),
-    )  # fmt: skip
-    common = {"params": params, "end_ids": model.end_ids, "deliver": deliver}
-    if values.use_beam_search and (n_beams := max(values.n, values.best_of or 0)) > 1:
-        common |= {"length_penalty": values.length_penalty, "n_results": values.n}
-        return [BeamJob(tokenizer, ids, n_new, n_beams, **common) for ids in inputs]
-    common |= {"stop": values.stop, "n_candidates": n_candidates}
-    common["needs_prompt_logits"] = values.echo and n_candidates is not None
-    seeds = [None if values.seed is None else (values.seed + i) % 2**64 for i in range(values.n)]
-    return [Job(tokenizer, ids, n_new, seed=seed, **common) for ids in inputs for seed in seeds]
-
-
-# ---- The queue ----
+    code = "shutting_down"
 
 
 class Scheduler:
@@ -252,4 +117,4 @@ class Scheduler:
 
     def _fail(self, jobs, error):
         for job in jobs:
-            job.deliver(Event(job, "", [], "error", error))
+            job.deliver(Event(job, finish_reason="error", error=error))

@@ -5,6 +5,7 @@ if __name__ == "__main__":  # before the slow imports
 
     cli.leave_on_ctrl_c()
 
+import contextlib
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ import backends
 import cli
 import utils
 from inference import model as models
+from inference.chat import load_template
 from inference.scheduling import Scheduler
 from weights.params import find_dtype
 
@@ -47,30 +49,30 @@ def main(*, model_size: str = "", models_dir: str = "", base_url: str = "", back
         warm_up: compile every program before the first request; --nowarm_up: when it is needed
         grace: how many seconds running texts get to finish after SIGTERM or Ctrl-C
     """
-    check(max_batch, grace)
+    if not (1 <= max_batch <= 1024 and 0 <= grace <= 1e6):
+        raise ValueError(f"--max_batch {max_batch} must be 1 to 1024, --grace {grace} 0 to 1,000,000 seconds")
     find_dtype(dtype)
     device = backends.get(backend).setup(dtype)
     listener = listen(host, port)  # before the model is loaded, so that a port in use is known at once
     folder = utils.choose_model(model_size, models_dir, base_url)
+    name = folder.name.removesuffix(".gguf") if not model_size or utils.is_path(model_size) else model_size
     tokenizer, model = models.load(str(folder), models_dir, base_url, backend, dtype)
     if max_model_len > model.n_ctx:
         raise ValueError(f"--max_model_len {max_model_len} is more than n_ctx {model.n_ctx}, all the model can see")
     n_tokens = max_model_len or model.n_ctx
+    template = None
+    with contextlib.suppress(ValueError):  # it has none, so /v1/chat/completions says so
+        template = load_template(folder)
     scheduler = Scheduler(model, max_batch, n_tokens, max_queue)
-    if warm_up:
-        compile_programs(scheduler.batch)
+    for found in scheduler.batch.warm_up() if warm_up else ():  # each takes seconds for a large model
+        print(f"\rcompiled: {found:40}", end="\r", file=sys.stderr, flush=True)
     hosts = (*LOOPBACK, host) if host in LOOPBACK else ()  # what listens to a network may have any name there
-    app = make_app(Service(folder.name, tokenizer, model, scheduler, n_tokens, None, api_key, hosts))
+    app = make_app(Service(name, tokenizer, model, scheduler, n_tokens, template, api_key, hosts))
+    cli.unwind_on_ctrl_c()
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn sets its own, and at its end raises the signal once more
     scheduler.start()
-    print(f"{device}: {folder.name} at http://{host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
-    run(app, listener, scheduler, grace)
-
-
-def check(max_batch, grace):
-    if not 1 <= max_batch <= 1024:
-        raise ValueError(f"--max_batch {max_batch} is out of range: 1 to 1024")
-    if not 0 <= grace < 1e6:
-        raise ValueError(f"--grace {grace} is out of range: 0 or more seconds")
+    print(f"{device}: {name} at http://{host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
+    Server(app, scheduler, grace).run([listener])
 
 
 def listen(host, port):
@@ -83,32 +85,13 @@ def listen(host, port):
         raise OSError(f"cannot listen at --host {host} --port {port}: {error.strerror}") from None
 
 
-def compile_programs(batch):
-    """On JAX: compiles what any request may need, with a line that is overwritten as long as that takes."""
-    found = ""
-    for found in batch.warm_up():
-        print(f"\rcompiling: {found:30}", end="", file=sys.stderr, flush=True)
-    if found:
-        print(f"\r{'':41}\r", end="", file=sys.stderr, flush=True)
-
-
-def run(app, listener, scheduler, grace):
-    """Serves until SIGTERM, which ends the process with status 0, or Ctrl-C."""
-    cli.unwind_on_ctrl_c()
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn sets its own, and at its end raises the signal once more
-    server = Server(configure(app, grace))
-    server.scheduler, server.grace = scheduler, grace
-    server.run([listener])
-
-
-def configure(app, grace):
-    """uvicorn's settings. h11 limits the headers of a request to 64 KiB."""
-    quiet = {"log_level": "error", "access_log": False, "server_header": False}
-    return uvicorn.Config(app, http="h11", ws="none", lifespan="off", timeout_graceful_shutdown=int(grace) + 2, **quiet)
-
-
 class Server(uvicorn.Server):
-    """uvicorn, which at its end waits for the responses that are being sent."""
+    """uvicorn, which at its end waits for the answers that are being sent."""
+
+    def __init__(self, app, scheduler, grace):
+        self.scheduler, self.grace = scheduler, grace
+        settings = {"timeout_graceful_shutdown": int(grace) + 2, "lifespan": "off", "ws": "none", "http": "h11"}
+        super().__init__(uvicorn.Config(app, log_level="error", access_log=False, server_header=False, **settings))
 
     async def shutdown(self, sockets=None):
         self.scheduler.close(self.grace)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy
 
 import gpt2
-from encoder import PIECES, spell
+from encoder import replace_lone_surrogates, spell
 from inference.trace import spell as visible
 from serving.cost import count
 from serving.record import RETURNED, record, source
@@ -261,7 +261,7 @@ def last_logits(tokenizer, logits):
 def pieces(tokenizer, text):
     """How the text became tokens: for each piece its bytes, and the symbols after each merge."""
     found = []
-    for piece in PIECES.findall(text):
+    for piece in tokenizer.split(replace_lone_surrogates(text)):
         steps = [[*spell(piece)], *itertools.islice(merges(spell(piece), tokenizer.ranks), 200)]
         found.append({"text": visible(piece), "bytes": [*piece.encode()], "steps": steps,
                       "ids": tokenizer.encode(piece)})  # fmt: skip

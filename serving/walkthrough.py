@@ -19,8 +19,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import gpt2
+from inference.requests import Refused
 from serving import broken, views
-from serving.parameters import Problem
 from utils import first_ids
 from weights.params import tree_map
 
@@ -58,7 +58,7 @@ def page_routes(service, route):
         params, n_head = plain_params(service.model)
         name = request.query_params.get("change", "")
         if name not in broken.CHANGES:
-            raise Problem(400, f"change must be one of {', '.join(broken.CHANGES)}, not {name!r:.40}", "change")
+            raise Refused(f"change must be one of {', '.join(broken.CHANGES)}, not {name!r:.40}", "change")
         where = read_number(request, "block", len(params["blocks"])), read_number(request, "head", n_head)
         async with lock:
             work = functools.partial(compare, service.tokenizer, params, n_head, ids, name, *where)
@@ -88,7 +88,7 @@ def is_recorded(model):
 
 
 def describe(service):
-    found = {"name": service.name, "n_tokens": service.n_tokens, "is_chat": service.render is not None}
+    found = {"name": service.name, "n_tokens": service.n_tokens, "is_chat": service.template is not None}
     found |= {"is_recorded": is_recorded(service.model), "reason": NOT_RECORDED, "max_tokens": views.MAX_TOKENS}
     changes = [
         {"name": name, "label": change.label, "shows": change.shows, "lines": broken.difference(name)}
@@ -98,9 +98,9 @@ def describe(service):
 
 
 def plain_params(model):
-    """(params as NumPy's own arrays, n_head). Raises Problem for a model that is not gpt2.py's."""
+    """(params as NumPy's own arrays, n_head). Raises Refused for a model that is not gpt2.py's."""
     if not is_recorded(model):
-        raise Problem(400, NOT_RECORDED, "model", "not_recorded")
+        raise Refused(NOT_RECORDED, "model", "not_recorded")
     n_head = model.init_cache(model.params, 1)[0][0].shape[0]
     return tree_map(numpy.asarray, model.params), n_head
 
@@ -109,21 +109,21 @@ def plain_params(model):
 
 
 def read_prompt(service, text):
-    """(ids, text). Raises Problem for a prompt that is too long, or empty for a model that cannot start from nothing."""
+    """(ids, text). Raises Refused for a prompt that is too long, or empty for a model that cannot start from nothing."""
     try:
         ids = first_ids(service.tokenizer, text)
     except ValueError as error:
-        raise Problem(400, str(error), "prompt") from None
+        raise Refused(str(error), "prompt") from None
     limit = min(views.MAX_TOKENS, service.n_tokens - 1)
     if len(ids) > limit:
-        raise Problem(400, f"The prompt has {len(ids)} tokens, and the walkthrough shows at most {limit}: shorten it", "prompt")
+        raise Refused(f"The prompt has {len(ids)} tokens, and the walkthrough shows at most {limit}: shorten it", "prompt")
     return ids, text
 
 
 def read_number(request, name, limit):
     text = request.query_params.get(name, "0")
     if not text.isdecimal() or int(text) >= limit:
-        raise Problem(400, f"{name} must be a whole number from 0 to {limit - 1}, not {text!r:.40}", name)
+        raise Refused(f"{name} must be a whole number from 0 to {limit - 1}, not {text!r:.40}", name)
     return int(text)
 
 

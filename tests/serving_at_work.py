@@ -8,18 +8,23 @@ import numpy
 from conftest import model_of, oracle
 
 import utils
-from inference.scheduling import Job, Scheduler
+from inference.jobs import Job
+from inference.scheduling import Scheduler
 
 for package in ("starlette", "uvicorn", "prometheus_client"):
     oracle(package)
 httpx, openai = oracle("httpx"), oracle("openai")
-from serving.__main__ import Server, configure, listen  # noqa: E402
+from serving.__main__ import Server, listen  # noqa: E402
 from serving.app import Service, make_app  # noqa: E402
 
 
-def render(encoder):
+class Template:
     """A chat template for a model that has none."""
-    return lambda messages: encoder.encode("".join(f"{message['content']}\n" for message in messages))
+
+    def encode(self, tokenizer, messages):
+        if [message["role"] for message in messages[:2]] == ["system", "system"]:
+            raise OSError("the chat template fails: two systems")
+        return tokenizer.encode("".join(f"{message['content']}\n" for message in messages))
 
 
 class Running:
@@ -27,12 +32,11 @@ class Running:
 
     def __init__(self, model, encoder, name="3M", *, n_slots=16, max_queue=64, n_tokens=None, grace=5.0, **settings):
         self.scheduler = Scheduler(model, n_slots, n_tokens or model.n_ctx, max_queue)
-        settings = {"render": render(encoder)} | settings
+        settings = {"template": Template()} | settings
         self.service = Service(name, encoder, model, self.scheduler, n_tokens or model.n_ctx, **settings)
         self.listener = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.server = Server(configure(make_app(self.service), grace))
-        self.server.scheduler, self.server.grace = self.scheduler, grace
+        self.server = Server(make_app(self.service), self.scheduler, grace)
         self.scheduler.start()
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],), daemon=True)
         self.thread.start()

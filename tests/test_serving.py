@@ -4,12 +4,19 @@ import asyncio
 import collections
 import concurrent.futures
 import json
+import os
 import random
+import re
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
-from conftest import model_of
+from conftest import ROOT, model_of
 from serving_at_work import httpx, openai, running
 from test_jax import STORY_PROMPTS
 
@@ -18,6 +25,7 @@ from inference.beam import search
 from inference.generate import Sequence, generate
 from inference.sampling import SamplingParams
 from inference.scheduling import QueueFull
+from serving.__main__ import main
 
 ONCE = "Once upon a time"
 
@@ -360,8 +368,8 @@ def retries(a):
 
     a.server.scheduler.submit = busy
     try:
-        with a.client.with_options(max_retries=2) as client:
-            assert client.completions.create(model="3M", prompt=ONCE, max_tokens=1).choices[0].text
+        client = a.client.with_options(max_retries=2)
+        assert client.completions.create(model="3M", prompt=ONCE, max_tokens=1).choices[0].text
     finally:
         a.server.scheduler.submit = submit
     assert len(n) == 3
@@ -389,14 +397,17 @@ def test_the_openai_client(server, storyteller, scenario):
 
 CHAT = "/v1/chat/completions"
 NAMELESS = {"messages": [{"role": "user", "content": "x"}]}
-REFUSED = [  # (what is sent, beside the model and a prompt; status; param)
+# fmt: off
+# (what is sent beside the model and a prompt, or a message; the status; the parameter that is named)
+REFUSED = [
     ({"model": "gpt-4"}, 404, "model"), ({"model": None}, 400, "model"), ({"prompt": []}, 400, "prompt"),
     ({"prompt": [[]]}, 400, "prompt"), ({"prompt": 5}, 400, "prompt"), ({"prompt": {"a": 1}}, 400, "prompt"),
     ({"prompt": [1, "a"]}, 400, "prompt"), ({"prompt": [True]}, 400, "prompt"), ({"prompt": [2048]}, 400, "prompt"),
     ({"prompt": [-1]}, 400, "prompt"), ({"prompt": [10**30]}, 400, "prompt"), ({"prompt": [1] * 256}, 400, "prompt"),
-    ({"max_tokens": 256}, 400, "prompt"), ({"max_tokens": -1}, 400, "max_tokens"), ({"max_tokens": 1.5}, 400, "max_tokens"),
-    ({"max_tokens": "5"}, 400, "max_tokens"), ({"max_tokens": True}, 400, "max_tokens"), ({"n": 0}, 400, "n"),
-    ({"n": 129}, 400, "n"), ({"n": 100, "prompt": ["a"] * 11}, 400, "n"), ({"best_of": 2}, 400, "best_of"),
+    ({"max_tokens": 256}, 400, "prompt"), ({"max_tokens": -1}, 400, "max_tokens"),
+    ({"max_tokens": 1.5}, 400, "max_tokens"), ({"max_tokens": "5"}, 400, "max_tokens"),
+    ({"max_tokens": True}, 400, "max_tokens"), ({"n": 0}, 400, "n"), ({"n": 129}, 400, "n"),
+    ({"n": 100, "prompt": ["a"] * 11}, 400, "n"), ({"best_of": 2}, 400, "best_of"),
     ({"temperature": -0.1}, 400, "temperature"), ({"temperature": 2.1}, 400, "temperature"),
     ({"temperature": "hot"}, 400, "temperature"), ({"temperature": 10**400}, 400, "temperature"),
     ({"top_p": 1.1}, 400, "top_p"), ({"top_k": -1}, 400, "top_k"), ({"min_p": 2}, 400, "min_p"),
@@ -408,19 +419,23 @@ REFUSED = [  # (what is sent, beside the model and a prompt; status; param)
     ({"logit_bias": {"5": 100}}, 400, "logit_bias"), ({"presence_penalty": 1}, 400, "presence_penalty"),
     ({"repetition_penalty": 0}, 400, "repetition_penalty"), ({"min_tokens": 17}, 400, "min_tokens"),
     ({"bad_words": [5]}, 400, "bad_words"), ({"use_beam_search": True, "n": 17}, 400, "best_of"),
-    ({"use_beam_search": True, "n": 2, "stream": True}, 400, "use_beam_search"), ({"max_token": 5}, 400, "max_token"),
-    ({"use_beam_search": True, "n": 3, "best_of": 2}, 400, "best_of"), ({"": 1}, 400, ""),
-]  # fmt: skip
+    ({"use_beam_search": True, "n": 2, "stream": True}, 400, "use_beam_search"),
+    ({"use_beam_search": True, "n": 3, "best_of": 2}, 400, "best_of"), ({"max_token": 5}, 400, "max_token"),
+    ({"": 1}, 400, ""),
+]
 REFUSED_CHATS = [
     ({"messages": None}, 400, "messages"), ({"messages": []}, 400, "messages"), ({"messages": "hi"}, 400, "messages"),
-    ({"messages": [{"role": "user"}]}, 400, "messages"), ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages"),
-    ({"messages": [{"role": [], "content": "x"}]}, 400, "messages"), ({"messages": [None]}, 400, "messages"),
+    ({"messages": [{"role": "user"}]}, 400, "messages"), ({"messages": [None]}, 400, "messages"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages"),
+    ({"messages": [{"role": [], "content": "x"}]}, 400, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "messages"),
     ({"messages": [{"role": "user", "content": "dog " * 300}]}, 400, "messages"),
+    ({"messages": [{"role": "system", "content": "x"}, {"role": "developer", "content": "y"}]}, 400, "messages"),
     ({"top_logprobs": 2}, 400, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
     ({"logprobs": 2}, 400, "logprobs"), ({"tools": [{}]}, 400, "tools"), ({"prompt": "x"}, 400, "prompt"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format"),
-]  # fmt: skip
+]
+# fmt: on
 
 
 def is_refused(response, status, param):
@@ -459,7 +474,7 @@ def test_bodies_that_are_no_request(server):
     is_refused(server.http.get("/v1/models/gpt-4"), 404, "model")
     is_refused(server.http.get("/v1/models", headers={"Host": "evil.example:8000"}), 403, None)
     assert "access-control-allow-origin" not in server.http.get("/v1/models", headers={"Origin": "http://x"}).headers
-    flood = server.http.get("/health", headers={f"X-{i}": "y" * 1000 for i in range(100)})
+    flood = server.http.get("/health", headers={f"X-{i}": "y" * 1000 for i in range(1000)})
     assert flood.status_code in (400, 431)
 
 
@@ -478,9 +493,7 @@ def test_errors_by_type(server, kind):
 
 def test_all_tokens_banned_is_the_clients_mistake(server, monkeypatch):
     every = tuple((i,) for i in range(2048))
-    monkeypatch.setattr(
-        "inference.scheduling.Job._coin", lambda job: setattr(job, "params", banning(job, every)) or 0.5
-    )
+    monkeypatch.setattr("inference.jobs.Job._coin", lambda job: setattr(job, "params", banning(job, every)) or 0.5)
     with pytest.raises(openai.BadRequestError, match="every token is banned"):
         server.client.completions.create(model="3M", prompt="x", max_tokens=3)
     monkeypatch.undo()
@@ -493,31 +506,14 @@ def banning(job, words):
 
 # ---- Mutations ----
 
-ODD = [
-    None,
-    True,
-    -1,
-    0,
-    2**40,
-    1.5,
-    1e308,
-    "",
-    "x",
-    "\ud800",
-    "\0",
-    [],
-    [[]],
-    {},
-    {"a": []},
-    [None],
-    "é" * 3000,
-    [5],
-    ["", 1],
-]
-GOOD = {"model": "3M", "prompt": "x", "max_tokens": 2, "temperature": 1.0, "top_p": 0.9, "n": 1, "stop": ["."], "seed": 3,
-        "stream": False, "logprobs": 1, "echo": False, "top_k": 3, "min_tokens": 1, "bad_words": ["y"], "user": "me"}  # fmt: skip
+# fmt: off
+ODD = [None, True, -1, 0, 2**40, 1.5, 1e308, "", "x", "\ud800", "\0", [], [[]], {}, {"a": []}, [None], "é" * 3000, [5]]
+GOOD = {"model": "3M", "prompt": "x", "max_tokens": 2, "temperature": 1.0, "top_p": 0.9, "n": 1, "stop": ["."],
+        "seed": 3, "stream": False, "logprobs": 1, "echo": False, "top_k": 3, "min_tokens": 1, "bad_words": ["y"],
+        "user": "me"}
 GOOD_CHAT = NAMELESS | {"model": "3M", "max_tokens": 2, "logprobs": True, "top_logprobs": 1, "stream": True,
-                        "stream_options": {"include_usage": True}}  # fmt: skip
+                        "stream_options": {"include_usage": True}}
+# fmt: on
 
 
 def mutated(rng):
@@ -562,20 +558,20 @@ def test_500_mutations(server):
 
 
 def test_a_server_with_a_key(storyteller):
-    with running(storyteller=storyteller, api_key="geheim ü") as server:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic geheim"}):
+    with running(storyteller=storyteller, api_key="secret") as server:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
             is_refused(server.http.get("/v1/models", headers=headers), 401, None)
             is_refused(server.http.get("/metrics", headers=headers), 401, None)
             is_refused(server.post({"model": "3M", "prompt": "x"}, headers=headers), 401, None)
-        right = {"Authorization": "Bearer geheim ü".encode()}
-        assert server.http.get("/v1/models", headers=right).status_code == 200
+        is_refused(server.http.get("/v1/models", headers={"Authorization": "Bearer sécret".encode()}), 401, None)
+        assert server.http.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
         assert server.http.get("/health").json() == {"status": "ok"}
         with pytest.raises(openai.AuthenticationError):
             server.client.with_options(api_key="wrong").models.list()
 
 
 def test_a_model_without_a_template(storyteller):
-    with running(storyteller=storyteller, render=None) as server:
+    with running(storyteller=storyteller, template=None) as server:
         is_refused(server.post({"model": "3M"} | NAMELESS, CHAT), 400, "model")
 
 
@@ -612,7 +608,7 @@ def check_alone_and_together(server, requests):
 
 
 def test_a_request_alone_and_among_others(server, storyteller):
-    check_alone_and_together(server, list(shapes(storyteller[0], 24, seed=0)))
+    check_alone_and_together(server, list(shapes(storyteller[0], 16, seed=0)))
 
 
 @pytest.mark.trial
@@ -645,7 +641,8 @@ def test_metrics(storyteller):
         lines = server.http.get("/metrics").text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     expected = {
-        'gpt2_requests_total{status="200"}': 1, 'gpt2_requests_total{status="404"}': 1, "gpt2_queue": 0, "gpt2_slots": 0,
+        'gpt2_requests_total{status="200"}': 1, 'gpt2_requests_total{status="404"}': 1,
+        "gpt2_queue": 0, "gpt2_slots": 0,
         'gpt2_tokens_total{way="in"}': 4, 'gpt2_tokens_total{way="out"}': 3,
         "gpt2_time_to_first_token_seconds_count": 1, "gpt2_time_per_token_seconds_count": 2,
     }  # fmt: skip
@@ -728,3 +725,151 @@ def test_shutting_down_without_grace(storyteller):
         server.server.should_exit = True
         with pytest.raises(openai.APIError, match="shutting down"):
             list(held)
+
+
+# ---- Soak ----
+
+
+def memory():
+    """The resident memory of this process in MB."""
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def behave(server, kinds, rng):
+    """One request of a client: a good one, one that it goes away from, or rubbish. Returns what was wrong."""
+    request, expected = kinds[rng.randrange(len(kinds))]
+    body = {"model": "3M"} | request
+    body |= body.pop("extra_body", {})
+    fate = rng.choice(["whole", "whole", "stream", "leave", "rubbish", "stream"])
+    with httpx.Client(base_url=server.url, timeout=600) as http:
+        if fate == "rubbish":
+            path, body = mutated(rng)
+            response = http.post(path, content=json.dumps(body).encode(), headers=JSON)
+            return response.text if response.status_code not in (200, 400, 404, 429) else None
+        if fate == "whole":
+            response = http.post("/v1/completions", json=body)
+            while response.status_code == 429:
+                time.sleep(0.05)
+                response = http.post("/v1/completions", json=body)
+            return response.text if response.status_code != 200 or answered(response.json()) != expected else None
+        with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+            text = ""
+            for n, line in enumerate(response.iter_lines()):
+                if fate == "leave" and n > rng.randrange(8):
+                    return None
+                if line.startswith("data: {") and response.status_code == 200:
+                    text += json.loads(line[6:])["choices"][0]["text"]
+            return text if response.status_code == 200 and text != expected else None
+
+
+def answered(answer):
+    return answer["choices"][0]["text"]
+
+
+def soak(server, encoder, n, n_clients):
+    kinds = [(request, ask(server, request)[0]) for request in shapes(encoder, min(40, n // 4), seed=9)]
+    rng, wrong, sizes = random.Random(4), [], []
+    seeds = [rng.random() for _ in range(n)]
+    with concurrent.futures.ThreadPoolExecutor(n_clients) as pool:
+        for found in pool.map(lambda seed: behave(server, kinds, random.Random(seed)), seeds):
+            wrong += [found] if found else []
+            sizes.append(memory())
+    server.wait_until(lambda: server.scheduler.batch.n_used() == 0 and not server.scheduler.waiting)
+    answers = dict(re.findall(r'gpt2_requests_total{status="(\d+)"} (\S+)', server.http.get("/metrics").text))
+    print(f"\n{answers}, memory {sizes[min(199, n - 1)]:.0f} MB after 200 requests, {sizes[-1]:.0f} MB at the end")
+    assert wrong == []
+    assert [status for status in answers if status.startswith("5")] == []
+    return sizes
+
+
+def test_a_short_soak(storyteller):
+    with running(storyteller=storyteller) as fresh:
+        soak(fresh, storyteller[0], 40, 8)
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize("backend", ["numpy", "jax"])
+def test_a_soak_of_2000_requests(storyteller, backend):
+    with running(backend, storyteller=storyteller) as server:
+        sizes = soak(server, storyteller[0], 2000, 32)
+        assert abs(sizes[-1] - sizes[199]) <= 20
+
+
+# ---- The program ----
+
+
+class Program:
+    """python -m serving in a process of its own."""
+
+    def __init__(self, *flags):
+        words = [sys.executable, "-m", "serving", "--model_size", "3M", *flags]
+        self.process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        self.line = self.process.stderr.readline()
+        self.url = re.search(r"http://\S+", self.line)[0]
+
+    def complete(self, n_new=2):
+        """The pieces of a stream, and how it ended: None, or the exception of the client."""
+        client, pieces = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=600), []
+        try:
+            for chunk in client.completions.create(model="3M", prompt="x", max_tokens=n_new, stream=True,
+                                                   extra_body={"min_tokens": n_new}):  # fmt: skip
+                pieces.append(chunk.choices[0])
+            return pieces, None
+        except (openai.APIError, httpx.HTTPError) as error:
+            return pieces, error
+        except Exception as error:  # the client may use another version of httpx
+            return pieces, error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_sigterm_under_load():
+    """Every client gets a proper last event: a finish_reason, or an error. The status is 0."""
+    program = Program("--port", "0", "--grace", "0.3", "--max_batch", "2")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(program.complete, 250) for _ in range(4)]
+        while "gpt2_slots 2.0" not in httpx.get(f"{program.url}/metrics", timeout=300).text:
+            time.sleep(0.01)
+        program.process.send_signal(signal.SIGTERM)
+        for client in clients:
+            pieces, error = client.result(timeout=300)
+            assert "shutting down" in str(error) or pieces[-1].finish_reason == "length"
+    assert program.process.wait(300) == 0
+    assert program.process.stderr.read() == ""
+
+
+def test_sigkill_and_restart():
+    program = Program("--port", "0")
+    port = program.url.rpartition(":")[2]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        client = pool.submit(program.complete, 250)
+        time.sleep(0.3)
+        program.process.kill()
+        assert client.result(timeout=300)[1] is not None
+    program.process.wait(300)
+    program.process.stderr.close()
+    again = Program("--port", port)
+    assert again.complete()[0][-1].finish_reason == "length"
+    again.process.send_signal(signal.SIGINT)
+    assert again.process.wait(300) == 130
+    assert again.process.stderr.read() == ""
+
+
+def test_bad_flags(command, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        (tmp_path / "hparams.json").write_text("{}")
+        for status, flags, message in [
+            (1, ["--port", port], f"cannot listen at --host 127.0.0.1 --port {port}"),
+            (1, ["--port", "0", "--host", "192.0.2.1"], "cannot listen at --host 192.0.2.1"),
+            (2, ["--port", "70000"], "--port 70000 is out of range"),
+            (2, ["--port", "0", "--model_size", "4M"], "no model '4M'"),
+            (1, ["--port", "0", "--model_size", str(tmp_path)], str(tmp_path)),
+            (2, ["--port", "0", "--max_model_len", "257"], "--max_model_len 257 is more than n_ctx 256"),
+            (2, ["--max_batch", "0"], "--max_batch 0 must be 1 to 1024"),
+            (2, ["--grace", "-1"], "--grace -1.0"),
+            (2, ["--backend", "cupy"], "unknown backend 'cupy'"),
+            (2, ["--dtype", "int8"], "int8"),
+        ]:
+            found, out, err = command(*(["--model_size", "3M"] * ("--model_size" not in flags)), *flags, main=main)
+            assert (found, out, err.count("\n")) == (status, "", 1), err
+            assert message in err
