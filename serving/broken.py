@@ -29,16 +29,16 @@ CHANGES = {
     "mask": Change(
         "no causal mask",
         (("mask = np.tri(len(x), dtype=bool)", "mask = np.ones((len(x), len(x)), dtype=bool)"),),
-        "Each position now sees the later ones too. In training the model never did, so its weights do not know what to "
-        "do with them, and the loss rises. This does not show that seeing more is bad: a model trained without the mask "
-        "would have loss 0 by copying the next token, and could not write.",
+        "Each position now sees the later ones too. The weights were never trained for that, so the loss rises. This "
+        "does not show that seeing more is bad: a model trained without the mask would have a loss near 0, as it could "
+        "copy the next token, but then it could not write.",
     ),
     "scale": Change(
         "no 1/sqrt(d_head)",
         (("return q / math.sqrt(q.shape[-1]) @ k.mT", "return q @ k.mT"),),
-        "The scores are sqrt(d_head) times as large as in training, so softmax gives nearly all weight to one key. This "
-        "shows that the trained weights count on the division. It does not show why training needs it: a model could "
-        "learn smaller queries instead, but would begin with saturated weights and hardly any gradient.",
+        "The scores are sqrt(d_head) times as large as in training, so softmax gives nearly all weight to one key. "
+        "This shows that the trained weights count on the division. It does not show why training needs it: a model "
+        "could learn smaller queries instead, but it would begin with saturated weights and hardly any gradient.",
     ),
     "residual": Change(
         "no residual additions",

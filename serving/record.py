@@ -19,8 +19,8 @@ RETURNED, CONDITION = "returned value", "condition"  # for values that have no n
 
 
 class Call(NamedTuple):
-    """A call of a function of the file. `parent` is the Call that it comes from (its place in the list, or None), `line`
-    and `text` say where, `block` in which block (None: outside of all)."""
+    """A call of a function of the file. `parent` is the Call that it comes from (its place in the list, or None);
+    `line` and `text` say where; `block` is the number of the block that it belongs to, or None."""
 
     function: str
     parent: int | None
@@ -30,8 +30,8 @@ class Call(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What a statement that begins at `line` made, {name: value}, in a Call (its place in the list). The line of a `def`
-    made the arguments."""
+    """What a statement that begins at `line` made, {name: value}, in a Call (its place in the list). What the line of
+    a `def` made are the arguments."""
 
     line: int
     call: int

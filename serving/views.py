@@ -2,13 +2,12 @@
 
     found = walkthrough(tokenizer, params, n_head, ids, text, block=0)
 
-Large arrays are reduced: of a long axis some entries are shown, as they are, and `shown` says which. Nothing is
-averaged, so each number on the page is a number of the computation, rounded to DIGITS.
+The recorded lines come from record.py and arrays.py, the costs from cost.py. The rest is computed here, from the
+recorded residual stream and logits, with the functions of gpt2.py.
 """
 
 import functools
 import itertools
-import re
 from pathlib import Path
 
 import numpy
@@ -16,13 +15,12 @@ import numpy
 import gpt2
 from encoder import replace_lone_surrogates, spell
 from inference.trace import spell as visible
+from serving.arrays import finite, records, rounded
 from serving.cost import count
 from serving.record import RETURNED, record, source
 
-DIGITS = 5
 MAX_TOKENS = 64  # of a prompt: more rows and columns than that nobody can read
-MAX_COLUMNS, MAX_ROWS = 64, 32  # of what is not a token
-N_CANDIDATES = 5
+N_CANDIDATES = 3
 TUTORIAL = Path(gpt2.__file__).parent / "docs" / "tutorial.md"
 
 
@@ -40,7 +38,7 @@ def walkthrough(tokenizer, params, n_head, ids, text, block=0):
         "block": block,
         "source": source_lines(gpt2.__file__),
         "calls": [call._asdict() for call in recording.calls],
-        **records(recording, sizes(params, n_head), ids),
+        **records(recording, source(gpt2.__file__).lines, sizes(params, n_head), ids),
         "stages": stages(tokenizer, params, stream),
         "norms": rounded(numpy.array([numpy.linalg.norm(x, axis=-1) for x in stream])),
         "losses": losses(tokenizer, logits, ids),
@@ -102,116 +100,6 @@ def code_of(line):
     return line.partition("  # ")[0].strip()
 
 
-# ---- Records and arrays ----
-
-
-def records(recording, sizes, ids):
-    """{"arrays", "records"}: an array that several records have is there once."""
-    arrays, places = [], {}
-
-    def encode(value, *where):
-        if isinstance(value, (dict, list, tuple)) and not (isinstance(value, list) and all_whole(value)):
-            return {"tree": [*leaves(value)]}
-        if not isinstance(value, (numpy.ndarray, list)) or len(value) == 0:
-            return {"text": repr(value)}
-        if id(value) not in places:
-            places[id(value)] = len(arrays)
-            arrays.append(reduced(numpy.asarray(value), *where, sizes, ids) | {"is_list": isinstance(value, list)})
-        return {"array": places[id(value)]}
-
-    lines = source(gpt2.__file__).lines
-    found = []
-    for entry in recording.records:
-        function = recording.calls[entry.call].function
-        values = {n: encode(v, n, function, lines[entry.line - 1]) for n, v in entry.values.items()}
-        found.append({"line": entry.line, "call": entry.call, "values": values})
-    return {"arrays": arrays, "records": found}
-
-
-def all_whole(value):
-    return all(type(i) is int for i in value)
-
-
-def leaves(tree, path=""):
-    """Yields [name, shape] of the arrays in a tree."""
-    for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        if isinstance(part, (dict, list, tuple)):
-            yield from leaves(part, f"{path}{key}.")
-        else:
-            yield [f"{path}{key}", [*numpy.shape(part)]]
-
-
-def reduced(array, name, function, line, sizes, ids):
-    """An array as JSON: shape, dtype, names of the axes, which entries of each axis are shown (None: all), values."""
-    axes = axis_names(array.shape, name, function, line, sizes)
-    shown = [which(axis, n, place == array.ndim - 1, array, ids) for place, (axis, n) in enumerate(zip(axes, array.shape))]
-    part = array
-    for place, entries in enumerate(shown):
-        part = part if entries is None else numpy.take(part, entries, axis=place)
-    return {
-        "shape": [*array.shape],
-        "dtype": str(array.dtype),
-        "axes": axes,
-        "shown": shown,
-        "values": rounded(part),
-    }
-
-
-def which(axis, n, is_last, array, ids):
-    """The entries of an axis of length n that are shown: all (None), the likeliest tokens, the prompt's, or every
-    second, third ..."""
-    if axis == "n_vocab":
-        best = numpy.argsort(-array.reshape(-1, n)[-1], kind="stable")[:MAX_COLUMNS] if is_last else dict.fromkeys(ids)
-        return [int(i) for i in best]
-    if axis == "n_ctx":
-        return [*range(len(ids))]
-    limit = MAX_COLUMNS if is_last else MAX_ROWS
-    if axis in ("n_seq", "n_query", "n_key", "n_head") or n <= limit:
-        return None
-    return [*range(0, n, -(-n // limit))]
-
-
-def axis_names(shape, name, function, line, sizes):
-    """The name of each axis, as the comments of gpt2.py write it: from the comment at the end of the line, else by the
-    name and the shape of the array."""
-    if name == "mask":
-        return ["n_query", "n_key"]
-    if arrow := re.search(r"->[^\[]*\[([^\]]*)\]$", line) if "def " not in line else None:
-        named = [part.strip() for part in arrow[1].split(",")]
-        if named[-1] == "n_out":
-            named[-1] = width_names(sizes).get(shape[-1], "n_out")
-        if named[0] == "...":
-            named = [*(["n_head", "n_seq"] if len(shape) == 3 else ["n_seq"])[: len(shape) - len(named) + 1], *named[1:]]
-        if len(named) == len(shape):
-            return named
-    width = width_names(sizes)
-    last = width.get(shape[-1], "") if shape else ""
-    if len(shape) == 3:
-        is_pairs = function == "softmax" or (function == "attention" and name == "weights")
-        return ["n_head", "n_query", "n_key"] if is_pairs else ["n_head", "n_seq", "d_head"]
-    if len(shape) == 2:
-        return [{"w": width.get(shape[0], ""), "wte": "n_vocab", "wpe": "n_ctx"}.get(name, "n_seq"), last]
-    return ["n_seq" if name in ("inputs", "ids", RETURNED, "bad") else last][: len(shape)]
-
-
-def width_names(sizes):
-    """{length of an axis: its name}; of two names with the same length the later one."""
-    d = sizes["n_embd"]
-    names = {"d_head": sizes["d_head"], "3*n_embd": 3 * d, "4*n_embd": 4 * d, "n_embd": d, "n_vocab": sizes["n_vocab"]}
-    return {n: name for name, n in names.items()} | {1: "1"}
-
-
-def rounded(array, digits=DIGITS):
-    """Nested lists of numbers with so many significant digits; None for what is not finite."""
-    if array.dtype.kind in "biu":
-        return array.astype(int).tolist()
-    flat = [float(f"{v:.{digits}g}") for v in array.astype(numpy.float64).ravel().tolist()]
-    flat = flat if numpy.isfinite(array).all() else [v if abs(v) < float("inf") else None for v in flat]
-    for n in reversed(array.shape[1:]):
-        flat = [flat[i : i + n] for i in range(0, len(flat), n)]
-    return flat
-
-
 # ---- What follows from the recording ----
 
 
@@ -219,13 +107,7 @@ def candidates(tokenizer, logits, n=N_CANDIDATES):
     """The n likeliest tokens after a row of logits: [{id, token, probability}]."""
     probabilities = gpt2.softmax(logits.astype(numpy.float64))
     best = numpy.argsort(-logits, kind="stable")[:n]
-    return [
-        {"id": int(i), "token": show(tokenizer, int(i)), "probability": none_if_odd(probabilities[i])} for i in best
-    ]
-
-
-def none_if_odd(number):
-    return float(f"{number:.{DIGITS}g}") if numpy.isfinite(number) else None
+    return [{"id": int(i), "token": show(tokenizer, int(i)), "probability": finite(probabilities[i])} for i in best]
 
 
 def stages(tokenizer, params, stream):
@@ -234,7 +116,7 @@ def stages(tokenizer, params, stream):
     found = []
     for x in stream:
         logits = gpt2.unembed(gpt2.layer_norm(x, **params["ln_f"]), params["wte"])
-        found.append([candidates(tokenizer, row, 3 if i < len(x) - 1 else N_CANDIDATES) for i, row in enumerate(logits)])
+        found.append([candidates(tokenizer, row) for row in logits])
     return found
 
 
@@ -242,12 +124,12 @@ def losses(tokenizer, logits, ids):
     """For each token of the prompt but the first: the probability that the model gave it, its rank, its loss in nats,
     and what the model would have preferred."""
     found = []
-    for row, i in zip(logits, ids[1:]):
+    for row, i in zip(logits[:-1], ids[1:], strict=True):
         probability = gpt2.softmax(row.astype(numpy.float64))[i]
         with numpy.errstate(divide="ignore"):
-            loss = none_if_odd(-numpy.log(probability))
+            loss = finite(-numpy.log(probability))
         rank = int((row > row[i]).sum()) + 1
-        found.append({"probability": none_if_odd(probability), "loss": loss, "rank": rank,
+        found.append({"probability": finite(probability), "loss": loss, "rank": rank,
                       "candidates": candidates(tokenizer, row, 3)})  # fmt: skip
     return found
 

@@ -35,7 +35,7 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 N_CONTINUED = 8  # tokens that a changed model writes
-NOT_RECORDED = "The walkthrough records gpt2.py, and this model is computed by another file. The playground works with it"
+NOT_RECORDED = "The walkthrough records gpt2.py, and another file computes this model. The playground works with it"
 
 
 def page_routes(service, route):
@@ -109,14 +109,14 @@ def plain_params(model):
 
 
 def read_prompt(service, text):
-    """(ids, text). Raises Refused for a prompt that is too long, or empty for a model that cannot start from nothing."""
+    """(ids, text). Raises Refused for a prompt that is too long, or empty if the model cannot start from nothing."""
     try:
         ids = first_ids(service.tokenizer, text)
     except ValueError as error:
         raise Refused(str(error), "prompt") from None
     limit = min(views.MAX_TOKENS, service.n_tokens - 1)
     if len(ids) > limit:
-        raise Refused(f"The prompt has {len(ids)} tokens, and the walkthrough shows at most {limit}: shorten it", "prompt")
+        raise Refused(f"the prompt has {len(ids)} tokens, the walkthrough shows at most {limit}: shorten it", "prompt")
     return ids, text
 
 
