@@ -10,7 +10,7 @@ import numpy
 
 from serving.record import RETURNED
 
-DIGITS = 5
+DIGITS = 6
 MAX_COLUMNS, MAX_ROWS = 64, 32  # of an axis that is not one of tokens or heads
 
 
