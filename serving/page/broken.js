@@ -21,6 +21,7 @@ function draw(state) {
   const update = async () => {
     where.hidden = chosen.name !== "head";
     results.classList.add("waiting");
+    state.busy(1);
     try {
       const wanted = { prompt: $("prompt").value, change: chosen.name, block: chosen.block, head: chosen.head };
       const found = await get("/broken", wanted);
@@ -30,6 +31,7 @@ function draw(state) {
       results.replaceChildren(element("p", { class: "note", role: "alert" }, error.message));
     }
     results.classList.remove("waiting");
+    state.busy(-1);
   };
   update();
   return element("div", {},

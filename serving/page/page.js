@@ -16,7 +16,7 @@ const EXAMPLE = "Once upon a time, there was a little girl named Lily. She";
 const VIEWS = { playground, walkthrough, tokens, attention, lens, loss, sampling, cache, cost, broken };
 const WITH_BLOCK = ["walkthrough", "attention", "cache"];
 
-const state = { about: null, data: null, key: "", block: 0, head: 0, name: "playground", running: null, show };
+const state = { about: null, data: null, key: "", block: 0, head: 0, name: "playground", running: null, waiting: 0, show, busy };
 
 function currentName() {
   const name = location.hash.slice(1);
@@ -35,20 +35,26 @@ function complain(error) {
   if (error.status === 401) $("key").hidden = false;
 }
 
-function draw() {
-  const name = state.name, main = $("main");
-  for (const link of document.querySelectorAll("nav a")) {
+// Marks the view that was chosen, before its numbers are there.
+function mark() {
+  const name = state.name, links = document.querySelector("nav");
+  for (const link of links.querySelectorAll("a")) {
     if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  const links = document.querySelector("nav"), current = links.querySelector("[aria-current]");
+  const current = links.querySelector("[aria-current]");
   links.scrollLeft = current.offsetLeft - links.offsetLeft - (links.clientWidth - current.clientWidth) / 2;
   document.title = `${current.textContent} · GPT-2, line by line`;
   $("run").textContent = name === "playground" ? "Generate" : "Run";
   $("stop").hidden = name !== "playground";
   $("where").hidden = !WITH_BLOCK.includes(name) || !state.data;
+}
+
+function draw() {
+  const { name, about } = state, main = $("main");
+  mark();
   if (name === "playground") main.replaceChildren(VIEWS.playground.draw(state));
-  else if (!state.about?.is_recorded && state.about) main.replaceChildren(note(`${state.about.reason}.`));
+  else if (about && !about.is_recorded) main.replaceChildren(note(`${about.reason}.`));
   else if (state.data) {
     main.replaceChildren(VIEWS[name].draw(state));
     VIEWS[name].drawn?.(state);
@@ -86,13 +92,23 @@ function replaceRunning() {
 async function show(settings = {}) {
   Object.assign(state, settings);
   $("problem").hidden = true;
+  busy(1);
+  mark();
   try {
     if (state.name !== "playground") await load();
     draw();
   } catch (error) {
     say("");
     complain(error);
+    if (error.name !== "AbortError") $("main").replaceChildren(note("There are no numbers to show: see the message above."));
   }
+  busy(-1);
+}
+
+// How many things the page is waiting for.
+function busy(change) {
+  state.waiting += change;
+  $("main").setAttribute("aria-busy", String(state.waiting > 0));
 }
 
 async function run(event) {
@@ -102,6 +118,7 @@ async function run(event) {
   if (state.name !== "playground") return show({ key: "" });
   $("run").disabled = true;
   $("stop").disabled = false;
+  busy(1);
   try {
     await playground.run(state, $("prompt").value, replaceRunning().signal);
   } catch (error) {
@@ -109,6 +126,7 @@ async function run(event) {
   }
   $("run").disabled = false;
   $("stop").disabled = true;
+  busy(-1);
 }
 
 // Asks which model answers.

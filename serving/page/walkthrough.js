@@ -57,7 +57,8 @@ function source(data, onclick) {
     const isRecorded = recorded.has(i + 1);
     list.append(element("div", {
       class: `line ${isProse ? "prose" : ""} ${isRecorded ? "recorded" : ""}`, role: "option", id: `line-${i + 1}`,
-      "aria-selected": "false", "aria-disabled": isRecorded ? null : "true", onclick: isRecorded ? () => onclick(i + 1) : null,
+      "aria-selected": "false", "aria-disabled": isRecorded ? null : "true",
+      "aria-label": text.trim() ? null : "empty line", onclick: isRecorded ? () => onclick(i + 1) : null,
     },
     element("span", { class: "lineno", "aria-hidden": "true" }, String(i + 1)),
     element("code", {}, code, comment ? element("span", { class: "comment" }, comment) : null)));
