@@ -106,8 +106,14 @@ def code_of(line):
 def candidates(tokenizer, logits, n=N_CANDIDATES):
     """The n likeliest tokens after a row of logits: [{id, token, probability}]."""
     probabilities = gpt2.softmax(logits.astype(numpy.float64))
-    best = numpy.argsort(-logits, kind="stable")[:n]
+    best = likeliest(logits, n)
     return [{"id": int(i), "token": show(tokenizer, int(i)), "probability": finite(probabilities[i])} for i in best]
+
+
+def likeliest(logits, n):
+    """The ids of the n largest logits, the largest first; of equal ones the lower id first."""
+    kept = numpy.flatnonzero(logits >= numpy.partition(logits, -n)[-n]) if n < len(logits) else numpy.arange(len(logits))
+    return kept[numpy.argsort(-logits[kept], kind="stable")][:n]
 
 
 def stages(tokenizer, params, stream):
@@ -136,7 +142,7 @@ def losses(tokenizer, logits, ids):
 
 def last_logits(tokenizer, logits):
     """All logits of the last position, in the order of ids, and the texts of the likeliest 256."""
-    best = numpy.argsort(-logits, kind="stable")[:256]
+    best = likeliest(logits, 256)
     return {"logits": rounded(logits, 9), "texts": {int(i): show(tokenizer, int(i)) for i in best}}
 
 
