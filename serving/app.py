@@ -58,8 +58,7 @@ def make_app(service):
 
     async def completions(request):
         values = await read_values(request, service, COMPLETIONS)
-        n_new = 16 if values.max_tokens is None else values.max_tokens
-        inputs = encode(service.tokenizer, values.prompt)
+        inputs, n_new = encode(service.tokenizer, values.prompt), 16 if values.max_tokens is None else values.max_tokens
         return await answer(request, service, metrics, values, inputs, n_new, values.logprobs)
 
     async def chat(request):
@@ -90,6 +89,7 @@ def make_app(service):
 
         return Route(path, counted, methods=[method])
 
+    # The static files of a page at / have their place in serving/page/.
     routes = [route("/v1/models", models), route("/v1/models/{name:path}", models), route("/health", health),
               route("/metrics", show_metrics), route("/v1/completions", completions, "POST"),
               route("/v1/chat/completions", chat, "POST")]  # fmt: skip

@@ -68,9 +68,8 @@ class Reply:
         return found
 
     def choice(self, index, content, job, tokens=(), reason=None):
-        logprobs = None
-        if job.n_candidates is not None and tokens:
-            logprobs = (chat_logprobs if self.chat else completion_logprobs)(self.tokenizer, tokens)
+        describe = chat_logprobs if self.chat else completion_logprobs
+        logprobs = describe(self.tokenizer, tokens) if tokens and job.n_candidates is not None else None
         return {"index": index} | content | {"logprobs": logprobs, "finish_reason": FINISH_REASONS[reason]}
 
     async def lines(self, event, incoming):

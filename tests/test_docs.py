@@ -68,6 +68,9 @@ def program(words):
         return {"verify": models.verify, "convert": models.convert}[words[1]], words[2:]
     if words[0] == "-m" and (ROOT / words[1].replace(".", "/")).with_suffix(".py").exists():
         return importlib.import_module(words[1]).main, words[2:]
+    if words[:2] == ["-m", "serving"]:
+        oracle("starlette")
+        return importlib.import_module("serving.__main__").main, words[2:]
     return None, words
 
 
@@ -184,7 +187,12 @@ def test_the_front_page_shows_figures_of_the_page_on_performance():
 # ---- Requirements ----
 
 PACKAGES = {"google_crc32c": "google-crc32c"}  # where a package has another name than its module
-OPTIONAL = {"jax", "ml_dtypes", "matplotlib", "tokenizers"}  # the error that names them gives the command
+OPTIONAL = {"jax", "ml_dtypes", "matplotlib", "tokenizers"}
+SERVING = {
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
+}  # requirements-serving.txt  # the error that names them gives the command
 PEERS = {"torch", "transformers", "ctranslate2"}  # of tools.bench
 
 
@@ -199,5 +207,5 @@ def test_every_import_is_required():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             imported |= {name.split(".")[0] for name in names}
-    foreign = imported - ours - set(sys.stdlib_module_names) - OPTIONAL - PEERS
+    foreign = imported - ours - set(sys.stdlib_module_names) - OPTIONAL - PEERS - SERVING
     assert {PACKAGES.get(name, name) for name in foreign} == set(required)
