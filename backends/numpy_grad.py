@@ -161,10 +161,9 @@ def concatenate(y, arrays, axis=0):
 
 def written(y, buffer, new, start):
     """update: what was overwritten has no effect, what was written has that of its place."""
-    columns = [numpy.arange(n).reshape(-1, *[1] * (len(start) - 1 - i)) for i, n in enumerate(new.shape)]
-    place = tuple(i + column for i, column in zip(start, columns, strict=True))
-    nothing = np.zeros_like(new)
-    return [lambda g: update(np.copy(g), nothing, start), lambda g: call("getitem", g, place)]
+    place = tuple(i + numbers for i, numbers in zip(start, numpy.indices(new.shape, sparse=True), strict=True))
+    zeros = np.zeros_like(new)
+    return [lambda g: update(np.copy(g), zeros, start), lambda g: call("getitem", g, place)]
 
 
 def scatter(x, index, shape):

@@ -2,10 +2,12 @@
 
 import ast
 import contextlib
+import importlib
 import inspect
 import itertools
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -100,6 +102,31 @@ def test_flags_that_are_mistaken(arguments, words):
     with pytest.raises(ValueError, match=r"--|many") as error:
         parsed(*arguments)
     assert all(word in str(error.value) for word in words), error.value
+
+
+# ---- Help ----
+
+
+def mains(path):
+    """The functions that a program hands to cli.run, the last statement of its __main__ guard."""
+    *before, last = SOURCES[path][-1].body
+    namespace = {**vars(importlib.import_module(path.removesuffix(".py").replace("/", ".")))}
+    exec(ast.unparse([node for node in before if isinstance(node, (ast.Import, ast.ImportFrom))]), namespace)
+    found = eval(ast.unparse(last.value.args[0]), namespace)
+    return found.values() if isinstance(found, dict) else [found]
+
+
+@pytest.mark.parametrize("path", PROGRAMS)
+def test_help_has_a_line_for_each_flag(path):
+    """A docstring with two flags on one line would lose the second one."""
+    for main in mains(path):
+        flags = [*inspect.signature(main).parameters]
+        shown = re.findall(r"^  --(\w+) (.*)$", cli.help_text(main, path), flags=re.MULTILINE)
+        assert [name for name, _ in shown] == flags
+        if main.__doc__:  # gpt2_pico.py has no text for its flags
+            explained = re.findall(r"^ +(\w+): (\S.*)$", main.__doc__.partition("Args:\n")[2], flags=re.MULTILINE)
+            assert [name for name, _ in explained] == flags
+            assert all(line.endswith(text) for (_, line), (_, text) in zip(shown, explained, strict=True))
 
 
 # ---- python -OO, -P and PYTHONSAFEPATH ----

@@ -103,13 +103,10 @@ def rewind_metrics(folder, step):
 
 def draw_losses(folder, path):
     """Draws the losses of metrics.jsonl over steps, with tokens along the top, into the file `path`."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = read_metrics(folder)
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    lines, figure = read_metrics(folder), Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
     for name, color in (("loss", "#cccccc"), ("train", "#4477aa"), ("validation", "#cc6677")):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
@@ -121,4 +118,3 @@ def draw_losses(folder, path):
         tokens.set_xlabel("tokens, millions")
     axis.legend()
     figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)

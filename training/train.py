@@ -77,7 +77,7 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
     """
     settings = SimpleNamespace(**locals())
     settings.backend = backend or ("jax" if importlib.util.find_spec("jax") else "numpy")
-    check(settings)
+    cli.check(rules(settings))
     print(backends.get(settings.backend).setup(dtype), file=sys.stderr)
     try:
         with locked(out):
@@ -93,15 +93,8 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
         raise MemoryError("try a smaller --micro_batch_size (the same result), --n_ctx or --n_embd") from None
 
 
-def check(settings):
-    """Raises ValueError for a value out of its range, and for a flag that has no effect beside another."""
-    for wrong, message in faults(settings):
-        if wrong:
-            raise ValueError(message)
-
-
-def faults(s):
-    """Pairs (whether settings s have this fault, its message)."""
+def rules(s):
+    """Yields (whether the settings break a rule, the message), for cli.check."""
     sizes = [name for name in SIZES if getattr(s, name) is not None]
     yield not s.data, "name the folder that python -m training.data made"
     for name in (*sizes, "n_steps", "batch_size", "eval_every"):
