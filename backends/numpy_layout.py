@@ -13,7 +13,7 @@ all 48 block matrices of 124M, in milliseconds, with w in row order (C) or colum
     (w.T @ x.T).T, F            11.3  26.2  26.8  29.1  30.2  39.0
     64 columns at a time, F           25.1  19.1  39.7
 
-So the best form depends on the number of rows, and 16 rows can cost less than three times one.
+So the fastest form depends on the number of rows, and 16 rows can take less than three times as long as one.
 """
 
 from concurrent.futures import ThreadPoolExecutor

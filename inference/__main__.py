@@ -227,7 +227,8 @@ def search(flags, model, prompts, sequences):
     (prompt,), (sequence,) = prompts, sequences
     found = beam.search(
         model, sequence.ids, flags.n_tokens_to_generate, flags.num_beams, length_penalty=flags.length_penalty,
-        early_stopping=STOPPING[flags.early_stopping.lower()], end_ids=sequence.end_ids, params=sequence.params,
+        early_stopping=STOPPING[flags.early_stopping.lower()], end_ids=sequence.end_ids,
+        sampling_params=sequence.sampling_params,
     )  # fmt: skip
     return [
         {"prompt": prompt, "text": sequence.tokenizer.decode(hypothesis.ids), "token_ids": hypothesis.ids,

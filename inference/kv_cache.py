@@ -98,8 +98,9 @@ def forward(params, tokens, cache, position, last=None, *, n_head, jit=lambda f:
 
 
 @functools.lru_cache
-def compiled(n_head, library):
-    """`forward` for a backend, compiled once in a process for all calls of the same shapes."""
+def forward_on(n_head, library):
+    """`forward` as a backend runs it: compiled by JAX, once in a process for all calls of the same shapes; as it is by
+    NumPy."""
     step = library.jit(functools.partial(forward, n_head=n_head, jit=library.jit), donate_argnums=(2,))
     return library.tune(step)
 
@@ -108,7 +109,7 @@ def make_model(params, n_head, library, end_ids=(), stop_at_eos=False):
     """The Model of params that are on the backend `library` already (library.prepare or library.asarray)."""
     n_vocab, n_ctx = params["wte"].shape[0], params["wpe"].shape[0]
     empty = functools.partial(init_cache, n_head=n_head)
-    return Model(params, compiled(n_head, library), empty, n_vocab, n_ctx, end_ids, stop_at_eos, library)
+    return Model(params, forward_on(n_head, library), empty, n_vocab, n_ctx, end_ids, stop_at_eos, library)
 
 
 def load(folder, library, dtype="float32"):

@@ -67,7 +67,7 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
         beta2: how slowly AdamW forgets squared gradients, 0 to less than 1; 0.95 to 0.999 is usual
         weight_decay: how much a matrix is pulled towards 0, times the learning rate
         clip: the largest norm of a gradient; a larger one is scaled down to it
-        dropout: the share of activations to set to 0 while training, 0 to less than 1
+        dropout: the share of the numbers between layers to set to 0 while training, 0 to less than 1
         dtype: float32, or bfloat16 with float32 master weights
         eval_every: steps from one evaluation, sample and save to the next
         patience: stop after so many evaluations without a lower validation loss; 0: never

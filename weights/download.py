@@ -49,8 +49,8 @@ def missing_files(model_dir):
 
 
 def discard_damaged_index(model_dir):
-    """Removes an index that cannot be read, if the data is not there yet: data is checked against its index, so no
-    download of it could succeed."""
+    """Removes an index that cannot be read, if the data file is not there yet. The data is checked against the index
+    after its download, and would be refused."""
     if (model_dir / INDEX).is_file() and not (model_dir / DATA).is_file():
         try:
             read_index(model_dir / INDEX)

@@ -71,8 +71,8 @@ def map_file(path, offset=0, size=None):
 
 def map_part(path, data, offset, size):
     """`size` bytes from `offset` on of the file that `data` maps as a whole. A large part has a mapping of its own,
-    whose memory is released together with it, when a backend has made a copy. Each mapping keeps a file open, of which
-    a process may have few hundred, so the small parts share one."""
+    so that its memory is released as soon as a backend has made a copy. Each mapping keeps a file open, and a process
+    may have few hundred files open, so the small parts share the mapping of the whole file."""
     return map_file(path, offset, size) if size >= 2**16 else data[offset : offset + size]
 
 
