@@ -15,7 +15,7 @@ functions are, with a formula for each operation.
 Griewank & Walther 2008, "Evaluating Derivatives", chapter 3.
 """
 
-import numpy
+import numpy  # NumPy itself; np, below, follows its arguments
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from backends import np, update

@@ -15,7 +15,7 @@ import itertools
 import math
 import operator
 
-import numpy
+import numpy  # NumPy itself; np, below, follows its arguments
 
 from backends import np, update
 

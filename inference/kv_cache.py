@@ -20,7 +20,7 @@ Transformer Inference", section 2). What is new in this file is marked by the th
 
 import functools
 
-import numpy
+import numpy  # NumPy itself; np, below, follows its arguments
 
 import backends
 import utils

@@ -77,8 +77,9 @@ def read_documents(path):
 
 
 def split(documents, share, seed):
-    """(training, validation), two lists of whole documents, chosen at random by the seed. If there is only one
-    document, it is cut in two, at the end of a line if one is near. Raises ValueError if either would be empty."""
+    """(training, validation), two lists of whole documents, drawn at random, the same ones for the same seed. If there
+    is only one document, it is cut in two, at the end of a line if one is near. Raises ValueError if either part would
+    be empty."""
     if len(documents) == 1:
         text, cut = documents[0], round(len(documents[0]) * (1 - share))
         cut = text.find("\n", cut, (cut + len(text)) // 2) + 1 or cut

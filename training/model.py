@@ -8,7 +8,7 @@ saves time and memory in both.
 
 import itertools
 
-import numpy
+import numpy  # NumPy itself; np, below, follows its arguments
 
 import gpt2
 from backends import np

@@ -24,8 +24,8 @@ from weights.params import flatten
 
 
 def save_run(folder, step, state, counters):
-    """Saves a run after `step` steps: `state`, a tree of NumPy arrays, and `counters`, what JSON can hold. Deletes all
-    but the last two."""
+    """Saves a run after `step` steps: `state`, a tree of NumPy arrays, and `counters`, a dict that JSON can hold.
+    Deletes all saves but the last two."""
     arrays = {array_name(path): array for path, array in flatten(state).items()}
     with replacing(Path(folder) / f"training-{step}.npz") as part, open(part, "wb") as file:
         np.savez(file, counters=json.dumps(counters), **arrays)
@@ -39,8 +39,8 @@ def array_name(path):
 
 
 def save_best(folder, step, hparams, params, ending=None):
-    """Writes the model that `folder` is loaded as from now on. The one before it is kept: another process may be
-    loading it."""
+    """Writes the model that is loaded from `folder` from now on. The one before it is kept, because another process may
+    be loading it."""
     save_model(folder, hparams, params, name=f"model.ckpt-{step}", ending=ending)
     found = {int(match[1]) for path in Path(folder).iterdir() if (match := re.search(r"\.ckpt-(\d+)\.", path.name))}
     for old in sorted(found - {step})[:-1]:

@@ -13,7 +13,7 @@ a call, use only the returned state.
 import functools
 import math
 
-import numpy
+import numpy  # NumPy itself; np, below, follows its arguments
 
 from backends import np
 from training import optimizer

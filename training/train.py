@@ -36,7 +36,7 @@ from weights.files import locked, new_folder, replacing
 from weights.params import flatten, tree_map, unflatten
 
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 192, "n_ctx": 256}
-# Not compared on --resume. The sizes are compared as hparams.
+# Settings that --resume may change. The sizes are compared too, as hparams.
 FREE = ("data", "out", "n_steps", "patience", "resume", *SIZES)
 N_EVALUATED = 65_536  # tokens of each part of the data, at most, for an evaluation
 
