@@ -70,7 +70,8 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
     """
     flags = SimpleNamespace(**locals())
     flags.stop, flags.bad_words = as_texts(stop), as_texts(bad_words)
-    check(flags)
+    cli.check(rules(flags))
+    sampling.check(sampling_params(flags))
     find_dtype(dtype)
     device = backends.get(backend).setup(dtype)
     prompts = read_prompts(flags)
@@ -101,16 +102,9 @@ def as_texts(texts):
 # ---- The rules for flags ----
 
 
-def check(flags):
-    """Raises ValueError for a value that is out of range, and for a flag that has no effect beside another."""
-    for broken, message in rules(flags):
-        if broken:
-            raise ValueError(message)
-    sampling.check(sampling_params(flags))
-
-
 def rules(f):
-    """Yields (whether the flags break a rule, the message): first the rules for one flag, then those for several."""
+    """Yields (whether the flags break a rule, the message), for cli.check: first the rules for one flag, then those
+    for several. sampling.check has further ones."""
     yield not 1 <= f.num_samples <= 1024, f"--num_samples {f.num_samples} is out of range: 1 to 1024"
     yield not 1 <= f.num_beams <= 1024, f"--num_beams {f.num_beams} is out of range: 1 (off) to 1024"
     yield f.trace > 20, f"--trace {f.trace} is out of range: 0 (off) to 20 candidates"
@@ -233,7 +227,8 @@ def search(flags, model, prompts, sequences):
     (prompt,), (sequence,) = prompts, sequences
     found = beam.search(
         model, sequence.ids, flags.n_tokens_to_generate, flags.num_beams, length_penalty=flags.length_penalty,
-        early_stopping=STOPPING[flags.early_stopping.lower()], end_ids=sequence.end_ids, params=sequence.params,
+        early_stopping=STOPPING[flags.early_stopping.lower()], end_ids=sequence.end_ids,
+        sampling_params=sequence.sampling_params,
     )  # fmt: skip
     return [
         {"prompt": prompt, "text": sequence.tokenizer.decode(hypothesis.ids), "token_ids": hypothesis.ids,
