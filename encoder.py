@@ -131,9 +131,10 @@ class Encoder:
         return ids
 
     def _encode_piece(self, piece):
-        symbols = merge(spell(piece), self.ranks)
-        try:  # SmolLM2 has no token for 21 of the bytes, such as control characters: they are left out
-            return [self.ids[symbol] for symbol in symbols if symbol in self.ids or len(symbol) > 1]
+        # SmolLM2 has no token for 21 of the bytes, among them control characters: these are left out.
+        symbols = [symbol for symbol in spell(piece) if symbol in self.ids]
+        try:
+            return [self.ids[symbol] for symbol in merge(symbols, self.ranks)]
         except KeyError as missing:
             raise OSError(f"the tokenizer's files do not match: merges lead to {missing}, which has no id") from None
 
