@@ -18,7 +18,7 @@ import backends
 import cli
 import utils
 from gpt2 import check_inputs
-from inference import batching, beam, sampling, trace
+from inference import batching, beam, sampling, speculative, trace
 from inference import model as models
 from inference.generate import Sequence, generate
 from weights.files import read_text
@@ -35,7 +35,7 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
          repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0, min_new_tokens: int = 0, bad_words: list = (),
          stop: list = (), stop_at_eos: bool | None = None, overflow: str = "error",
          num_samples: int = 1, batch: bool = False, num_beams: int = 1, length_penalty: float = 1.0,
-         early_stopping: str = "false", json: bool = False, trace: int = 0):
+         early_stopping: str = "false", draft: str = "", draft_model: str = "", json: bool = False, trace: int = 0):
     # fmt: on
     """GPT-2 continues your text. The new text alone goes to stdout, as it is generated; all else to stderr.
 
@@ -65,6 +65,8 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         num_beams: search for the likeliest text with this many beams, up to 1024; 1: off
         length_penalty: for beams, -10 to 10: above 0 favours long texts; 1: the mean log-probability
         early_stopping: for beams: false, true or never: when enough have ended (inference/beam.py)
+        draft: lookup: guess tokens from the text itself and check several at once: faster, the same text
+        draft_model: a smaller model with the same tokenizer, such as 124M beside 1558M, that guesses tokens
         json: a JSON object a line: prompt, text, token_ids, log_probabilities (score), stop_reason, seconds
         trace: show this many candidates for each token on stderr, up to 20; 0: off
     """
@@ -76,6 +78,7 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
     prompts = read_prompts(flags)
     tokenizer, model = models.load(model_size, models_dir, base_url, backend, dtype)
     sequences = make_sequences(flags, tokenizer, model, prompts)
+    drafter = make_drafter(flags, tokenizer, model)
     if any(prompt.endswith(" ") for prompt in prompts):
         print("hint: a prompt ends in a space, which belongs to the next token: leave it out", file=sys.stderr)
     if backend != "numpy":
@@ -83,9 +86,11 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
     started = time.perf_counter()
     try:
         with numpy.errstate(all="ignore"):  # what is not finite is reported below
-            results = (search if num_beams > 1 else sample)(flags, model, prompts, sequences)
+            run = search if num_beams > 1 else functools.partial(sample, drafter=drafter)
+            results = run(flags, model, prompts, sequences)
     except FloatingPointError as error:
-        raise OSError(f"{error}: {why_not_finite(model.params, dtype)}") from None
+        params = model.params | ({"draft_model": drafter.model.params} if draft_model else {})
+        raise OSError(f"{error}: {why_not_finite(params, dtype)}") from None
     seconds = {"seconds": round(time.perf_counter() - started, 4)}
     if json:
         print("\n".join(dumps(result | seconds, ensure_ascii=False) for result in results))
@@ -136,7 +141,9 @@ def rules(f):
         yield not beams and name in is_set, f"--{name} has no effect without --num_beams"
     yield cold and f.seed is not None, "--seed has no effect at --temperature 0: set --temperature too"
     yield cold and f.num_samples > 1, "--num_samples are all the same at --temperature 0: set --temperature too"
-    for name in ("trace", "overflow"):
+    yield f.draft not in ("", "lookup"), f"--draft {f.draft!r}: choose lookup, or name a model with --draft_model"
+    yield f.draft and f.draft_model, "--draft and --draft_model both guess tokens: choose one"
+    for name in ("trace", "overflow", "draft", "draft_model"):
         yield name in is_set and (beams or several), f"--{name} is for one text that is not searched by beams"
 
 
@@ -196,18 +203,31 @@ def make_sequences(flags, tokenizer, model, prompts):
     return sequences
 
 
+def make_drafter(flags, tokenizer, model):
+    """What guesses tokens (inference/speculative.py), or None. Raises ValueError if --draft_model has other token ids
+    than the model."""
+    if not flags.draft_model:
+        return speculative.Lookup() if flags.draft else None
+    of_model = flags.models_dir, flags.base_url, flags.backend, flags.dtype
+    draft_tokenizer, draft_model = models.load(flags.draft_model, *of_model)
+    if draft_tokenizer.ids != tokenizer.ids:
+        raise ValueError(f"--draft_model {flags.draft_model} has another tokenizer than the model: it needs the same")
+    return speculative.DraftModel(draft_model, model, flags.seed)
+
+
 # ---- From sequences to text ----
 
 
-def sample(flags, model, prompts, sequences):
+def sample(flags, model, prompts, sequences, drafter=None):
     """Generates all sequences. Returns what --json prints of each."""
     if flags.batch or flags.num_samples > 1:
         batching.generate_batch(model, sequences)
     else:
-        stream(flags, model, *sequences)
+        stream(flags, model, *sequences, drafter)
+    speculated = {"accepted_per_step": drafter.accepted_per_step} if drafter else {}
     return [
         {"prompt": prompt, "text": sequence.text, "token_ids": sequence.new_ids,
-         "log_probabilities": sequence.log_probabilities, "stop_reason": sequence.finish_reason}
+         "log_probabilities": sequence.log_probabilities, "stop_reason": sequence.finish_reason, **speculated}
         for prompt, sequence in zip(prompts, sequences, strict=True)
     ]  # fmt: skip
 
@@ -217,11 +237,14 @@ def is_streamed(flags):
     return not (flags.json or flags.trace or flags.batch or flags.num_samples > 1 or flags.num_beams > 1)
 
 
-def stream(flags, model, sequence):
+def stream(flags, model, sequence, drafter):
     """Generates one sequence. Prints the pieces of the text, or the lines of --trace, as they are generated."""
     note = "the text has outgrown n_ctx: from here on the model sees the last part of it only"
     notice = functools.cache(lambda: print(note, file=sys.stderr))  # cached, so it prints once
-    for n_step, piece in enumerate(generate(model, sequence, notice if flags.overflow == "slide" else None), 1):
+    notice = notice if flags.overflow == "slide" else None
+    speculate = functools.partial(speculative.generate, drafter=drafter)
+    pieces = (speculate if drafter else generate)(model, sequence, overflow=notice)
+    for n_step, piece in enumerate(pieces, 1):
         if flags.trace and sequence.finish_reason != "n_ctx":
             print(*trace.lines(sequence, flags.trace, n_step, rich=sys.stderr.isatty()), sep="\n", file=sys.stderr)
         if is_streamed(flags):
