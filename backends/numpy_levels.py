@@ -146,7 +146,7 @@ def split(x, parts, axis=0):
 
 def matmul(x, w):
     """Makes it a product of matrices: a vector is one row or one column; many rows times one matrix are one product."""
-    n_axes = getattr(w, "ndim", 2)  # ColumnMajor of numpy_layout.py has no ndim
+    n_axes = w.ndim
     if n_axes == 1:
         return (x @ w.reshape(-1, 1)).reshape(x.shape[:-1])
     if n_axes == 2 and x.ndim != 2:
