@@ -30,7 +30,7 @@ from gpt2 import softmax
 from inference import sampling
 from inference.model import init_cache, n_positions, step
 
-MAX_NGRAM = 4  # the longest n-gram that Lookup searches for
+N_GRAMS = (4, 3, 2)  # the lengths n of the n-grams that Lookup searches for; what follows one token says little
 N_REMEMBERED = 8  # the acceptance rate is an average over about the last so many guesses
 
 
@@ -75,9 +75,9 @@ class Lookup(Drafter):
     def propose(self, sequence, n):
         ids = sequence.ids
         for end in range(self.n_indexed, len(ids)):
-            self.followers |= {tuple(ids[end - size : end]): end for size in range(1, min(MAX_NGRAM, end) + 1)}
+            self.followers |= {tuple(ids[end - size : end]): end for size in N_GRAMS if size <= end}
         self.n_indexed = len(ids)
-        found = (self.followers.get(tuple(ids[-size:])) for size in range(MAX_NGRAM, 0, -1))
+        found = (self.followers.get(tuple(ids[-size:])) for size in N_GRAMS)
         start = next(filter(None, found), len(ids))
         followed = ids[start:]  # may be shorter than n, where the text repeats itself: then the guess repeats it too
         return [(followed[i % len(followed)], None) for i in range(n if followed else 0)]

@@ -241,8 +241,8 @@ def test_the_coins_of_guesses_are_not_those_of_the_choices():
 
 
 def longest_match(ids):
-    """By its definition: the latest earlier end of the longest n-gram, of up to MAX_NGRAM ids, that ends the text."""
-    for size in range(speculative.MAX_NGRAM, 0, -1):
+    """By its definition: the latest earlier end of the longest n-gram, of 4 to 2 ids, that ends the text."""
+    for size in (4, 3, 2):
         for end in range(len(ids) - 1, size - 1, -1):
             if ids[end - size : end] == ids[len(ids) - size :]:
                 return end
