@@ -28,7 +28,7 @@ import numpy
 
 from gpt2 import softmax
 from inference import sampling
-from inference.model import init_cache, n_positions, step
+from inference.model import init_cache, load, n_positions, step
 
 N_GRAMS = (4, 3, 2)  # the lengths n of the n-grams that Lookup searches for; what follows one token says little
 N_REMEMBERED = 8  # the acceptance rate is an average over about the last so many guesses
@@ -129,6 +129,15 @@ class DraftModel(Drafter):
         coin = numpy.random.default_rng(numpy.random.SeedSequence(self._entropy, spawn_key=(n_new,))).random()
         q = softmax(sampling.warp(logits, params))
         return int(sampling.draw(q, coin)), q
+
+
+def load_draft_model(model_size, tokenizer, model, seed=None, **settings):
+    """The DraftModel for `model` that inference.model.load finds. Raises as that does, and ValueError if its tokens are
+    not those of `tokenizer`."""
+    draft_tokenizer, draft_model = load(model_size, **settings)
+    if draft_tokenizer.ids != tokenizer.ids:
+        raise ValueError(f"--draft_model {model_size} has another tokenizer than the model: it needs the same")
+    return DraftModel(draft_model, model, seed)
 
 
 # ---- Verification ----
