@@ -41,11 +41,11 @@ class Sequence:
         self._seed, self._coins = seed, None
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back an incomplete character
 
-    def accept(self, logits):
-        """Chooses the next token from the model's logits [n_vocab]. Returns the new text that no later
-        token can change, which may be ""."""
+    def accept(self, logits, choose=sampling.choose):
+        """Chooses the next token from the model's logits [n_vocab], by sampling.choose or a function with the same
+        arguments. Returns the new text that no later token can change, which may be ""."""
         self.logits = numpy.asarray(logits, numpy.float64)
-        self.chosen = sampling.choose(self.logits, self.ids, len(self.new_ids), self.sampling_params, self._coin())
+        self.chosen = choose(self.logits, self.ids, len(self.new_ids), self.sampling_params, self._coin())
         if self.chosen in self.end_ids:
             return self.finish("end_of_text")
         self.ids.append(self.chosen)

@@ -25,9 +25,9 @@ class Model(NamedTuple):
     """A model on a backend, ready to generate.
 
     params       a tree of the backend's arrays
-    forward      (params, tokens [n_seq], cache, position, last) -> (logits of tokens[last], [n_vocab], cache).
-                 Compiled, if the backend compiles. The new cache may be made in the memory of the old one: after a
-                 call, use only the cache that is returned.
+    forward      (params, tokens [n_seq], cache, position, last) -> (logits of tokens[last], [n_vocab], cache); with
+                 last None, the logits of all tokens, [n_seq, n_vocab]. Compiled, if the backend compiles. The new cache
+                 may be made in the memory of the old one: after a call, use only the cache that is returned.
     init_cache   (params, n_cache) -> an empty cache with room for n_cache positions: for each layer a pair of keys
                  [n_head, d_head, n_cache] and values [n_head, n_cache, d_head]
     n_vocab      the number of logits; n_ctx: the number of positions that the model can use

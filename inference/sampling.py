@@ -169,13 +169,18 @@ def among(ids, logits):
 
 
 def sample(logits, coin):
+    """Draws a token from the softmax of the logits: inverse-CDF sampling, as in `draw`."""
+    return draw(softmax(logits), coin)
+
+
+def draw(probabilities, coin):
     """Inverse-CDF sampling: the first token at which the cumulative sum of the probabilities exceeds the coin.
 
-    The coin is scaled by the last sum, which rounding may leave just below or above 1, and the result is limited to the
-    last token that is not banned: so no coin below 1 leads to a banned token.
+    The coin is scaled by the last sum, so the probabilities need not sum to 1: rounding may leave the sum just below or
+    above it. The result is limited to the last token that is not banned: so no coin below 1 leads to a banned token.
     """
-    sums = np.cumsum(softmax(logits))
-    last = len(logits) - 1 - np.argmax(np.flip(logits) > -math.inf)
+    sums = np.cumsum(probabilities)
+    last = len(probabilities) - 1 - np.argmax(np.flip(probabilities) > 0)
     return np.minimum(np.searchsorted(sums, coin * sums[-1], side="right"), last)
 
 
