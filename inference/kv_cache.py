@@ -27,6 +27,7 @@ import utils
 from backends import namespace_of, np, update
 from gpt2 import attention, check_inputs, embed, ffn, layer_norm, linear, merge_heads, split_heads, unembed
 from inference.model import Model, greedy
+from training import lora
 from weights.params import cast, tree_map
 
 
@@ -111,9 +112,11 @@ def make_model(params, n_head, library, end_ids=(), stop_at_eos=False):
     return Model(params, compiled(n_head, library), empty, n_vocab, n_ctx, end_ids, stop_at_eos, library)
 
 
-def load(folder, library, dtype="float32"):
-    """(Encoder, Model) of a model folder. Raises OSError for one that is damaged."""
+def load(folder, library, dtype="float32", adapter=""):
+    """(Encoder, Model) of a model folder, with the LoRA of the folder `adapter` merged into it. Raises OSError for one
+    that is damaged, ValueError for a LoRA of another model."""
     encoder, hparams, params = utils.load_folder(folder)
+    params = lora.merge_folder(params, adapter) if adapter else params
     params = library.prepare(cast(params, dtype))  # the same name, so that no variable keeps the old arrays in memory
     return encoder, make_model(params, hparams["n_head"], library, *utils.read_ending(folder, encoder, hparams))
 

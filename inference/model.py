@@ -42,15 +42,16 @@ class Model(NamedTuple):
     backend: Any
 
 
-def load(model_size="", models_dir=None, base_url=None, backend="numpy", dtype="float32"):
+def load(model_size="", models_dir=None, base_url=None, backend="numpy", dtype="float32", adapter=""):
     """(tokenizer, Model) of a model by its name: the one place that chooses the architecture (so far there is one).
 
+    `adapter` is a folder with a LoRA (weights/peft.py), which is merged into the weights.
     Without a name it is 124M, or the embedded model if 124M cannot be had. Raises ValueError and OSError as
     utils.load_encoder_hparams_and_params does, for an unknown backend and for an unknown dtype.
     """
     library = backends.get(backend)
     folder = utils.choose_model(model_size, models_dir, base_url)
-    return importlib.import_module(ARCHITECTURES["gpt2"]).load(folder, library, dtype)
+    return importlib.import_module(ARCHITECTURES["gpt2"]).load(folder, library, dtype, adapter)
 
 
 def init_cache(model, n_tokens):

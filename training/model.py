@@ -22,14 +22,19 @@ def mha(x, c_attn, c_proj, n_head):
     return gpt2.linear(gpt2.merge_heads(x), **c_proj)  # [n_head, n_seq, d_head] -> [n_seq, n_embd]
 
 
-def forward(params, inputs, n_head, drop):
-    """gpt2.gpt2 with the function `drop` applied to the embeddings and to what attention and mlp add in each block:
-    [n_seq] ids -> [n_seq, n_vocab] logits."""
+def hidden(params, inputs, n_head, drop):
+    """All of gpt2.gpt2 but the logits, with the function `drop` applied to the embeddings and to what attention and mlp
+    add in each block: [n_seq] ids -> [n_seq, n_embd]."""
     x = drop(gpt2.embed(inputs, params["wte"], params["wpe"]))  # [n_seq] -> [n_seq, n_embd]
     for block in params["blocks"]:
         x = x + drop(mha(gpt2.layer_norm(x, **block["ln_1"]), **block["attn"], n_head=n_head))
         x = x + drop(gpt2.ffn(gpt2.layer_norm(x, **block["ln_2"]), **block["mlp"]))
-    return gpt2.unembed(gpt2.layer_norm(x, **params["ln_f"]), params["wte"])  # [n_seq, n_embd] -> [n_seq, n_vocab]
+    return gpt2.layer_norm(x, **params["ln_f"])
+
+
+def forward(params, inputs, n_head, drop):
+    """The logits from these: [n_seq] ids -> [n_seq, n_vocab]."""
+    return gpt2.unembed(hidden(params, inputs, n_head, drop), params["wte"])  # [n_seq, n_embd] -> [n_seq, n_vocab]
 
 
 # ---- Dropout, with random numbers that NumPy and JAX agree on ----
