@@ -86,12 +86,6 @@ def batch(rows, labels, order, n_ctx):
     return found | {"ids": ids, "last": np.array([len(row) - 1 for row in chosen], np.int32)}
 
 
-def batches(rows, labels, n_ctx, batch_size, seed, epoch):
-    """The batches of an epoch, in an order that depends on seed and epoch alone."""
-    order = np.random.default_rng((seed, epoch)).permutation(len(rows)).tolist()
-    return [batch(rows, labels, group, n_ctx) for group in tuning.groups(order, batch_size)]
-
-
 def over_texts(library, f, params, rows, n_ctx, batch_size=32):
     """f(params, row) for each text, [n_texts, ...]: texts of similar length together, so that little is padding."""
     compute = library.jit(library.vmap(f, in_axes=(None, 0)))
@@ -141,10 +135,12 @@ def train(library, classifier, parts, s, save):
         # Accuracy has few steps on few texts: of equal ones, the lower loss is better.
         return {"accuracy": accuracy, "validation": loss, "score": accuracy - 1e-6 * loss}
 
-    def batches_of(epoch):
-        return batches(*parts["train"], n_ctx, s.batch_size, s.seed, epoch)
+    def batches(epoch):
+        texts, numbers = parts["train"]
+        order = tuning.shuffled([len(text) for text in texts], s.batch_size, s.seed, epoch)
+        return [batch(texts, numbers, group, n_ctx) for group in order]
 
-    return tuning.tune(library, loss_of, trainable, frozen, batches_of, s, evaluate, save)
+    return tuning.tune(library, loss_of, trainable, frozen, batches, s, evaluate, save)
 
 
 # ---- Files ----

@@ -27,11 +27,13 @@ import cli
 import utils
 from gpt2 import softmax
 from training import classify as classifiers
+from training import instruct as instructions
 from training import labelled, tuning
 from weights.files import locked, new_folder, read_text, replacing, write_text
 
 # {method: (epochs, learning rate)} of classify, where the flags are left out
-CLASSIFY = {"head": (100, 1e-2), "last_block": (6, 1e-3), "all": (6, 5e-4), "lora": (8, 2e-3), "adapters": (8, 2e-3)}
+CLASSIFY = {"head": (40, 3e-3), "last_block": (6, 1e-3), "all": (6, 5e-4), "lora": (8, 2e-3), "adapters": (8, 2e-3)}
+INSTRUCT = {"all": (4, 1e-3), "last_block": (4, 1e-3), "lora": (4, 3e-3)}
 
 
 # fmt: off
@@ -48,11 +50,11 @@ def classify(data: str = "", *, model_size: str = "3M", out: str = "models/class
         model_size: the model to start from: 3M, 124M, 355M, 774M, 1558M or a model folder
         out: the folder to make
         train: what to train: head, last_block, all, lora or adapters
-        train_only: train what this regular expression is found in the name of, "blocks.[4-5].*|ln_f.*", and the output layer
+        train_only: train the new output layer and the names that this expression is found in: "blocks.[4-5].*|ln_f.*"
         balance: use only as many texts of each label as the rarest one has
-        n_epochs: how often to go through the texts; left out: 6 to 8, and 100 for head, which takes a second
+        n_epochs: how often to go through the texts; left out: 6 to 8, and 40 for head, which takes seconds
         batch_size: texts for one step
-        learning_rate: the peak, after a short warm-up; left out: 5e-4 to 1e-2, by --train
+        learning_rate: the peak, after a short warm-up; left out: 5e-4 to 3e-3, by --train
         weight_decay: how much a matrix is pulled towards 0, times the learning rate
         dropout: the share of activations to set to 0 while training, 0 to less than 1
         lora: for --train lora: a regular expression for the names of layers, "attn.c_attn|mlp.c_fc"; c_: all
@@ -72,7 +74,7 @@ def classify(data: str = "", *, model_size: str = "3M", out: str = "models/class
     rows, n_cut = tokenize(parts, labels, encoder, hparams["n_ctx"])
     report_data(parts, labels, n_cut, hparams["n_ctx"])
     added, scale = tuning.add_parameters(params, s)
-    added["cls_head"] = {"w": classifiers.init_head(hparams["n_embd"], len(labels), seed)}
+    added = added | {"cls_head": {"w": classifiers.init_head(hparams["n_embd"], len(labels), seed)}}
     start = classifiers.Classifier(encoder, hparams, added, labels, scale)
 
     def save(trained, evaluation):
@@ -134,6 +136,63 @@ def table(out, labels, found):
     yield f"{out} is the classifier of epoch {found['epoch']}, validation accuracy {found['validation_accuracy']:.1%}"
 
 
+# fmt: off
+def instruct(data: str = "", *, model_size: str = "3M", out: str = "models/assistant", train: str = "all",
+             train_only: str = "", n_epochs: int | None = None, batch_size: int = 16,
+             learning_rate: float | None = None, weight_decay: float = 0.1, dropout: float = 0.1, lora: str = "c_",
+             rank: int = 8, alpha: float | None = None, seed: int = 0, backend: str = "", json: bool = False):
+    # fmt: on
+    """Trains a model to answer, on a JSON list of {"instruction", "input", "output"}; a tenth of them is held out.
+
+    Args:
+        data: the JSON file
+        model_size: the model to start from: 3M, 124M, 355M, 774M, 1558M or a model folder
+        out: the folder to make; gpt2.py --model_size it --chat then answers
+        train: what to train: last_block, all or lora
+        train_only: train the names that this regular expression is found in: "blocks.[4-5].*|ln_f.*"
+        n_epochs: how often to go through the examples; left out: 4
+        batch_size: examples for one step
+        learning_rate: the peak, after a short warm-up; left out: 1e-3 (lora: 3e-3)
+        weight_decay: how much a matrix is pulled towards 0, times the learning rate
+        dropout: the share of activations to set to 0 while training, 0 to less than 1
+        lora: for --train lora: a regular expression for the names of layers, "attn.c_attn|mlp.c_fc"; c_: all
+        rank: for --train lora: the rank of the product that is added to a matrix
+        alpha: for --train lora: the product is multiplied by alpha / rank; left out: twice the rank
+        seed: the same seed holds out the same examples and trains in the same way on the same machine
+        backend: numpy or jax; left out: jax if it is installed, else numpy
+        json: print one JSON object
+    """
+    s = SimpleNamespace(**locals())
+    library, out = tuning.prepare(s, INSTRUCT, tuple(INSTRUCT)), Path(out)
+    examples, held_out = instructions.split(instructions.read_examples(data), seed)
+    folder = utils.find_model(model_size)
+    encoder, hparams, params = utils.load_folder(folder)
+    if encoder.end_of_text is None:
+        raise ValueError(f"the tokenizer of {model_size} has no <|endoftext|>, which is to end an answer")
+    n_ctx = hparams["n_ctx"]
+    rows, held_rows = ([instructions.tokenize(encoder, e, n_ctx) for e in part] for part in (examples, held_out))
+    print(f"{len(examples):,} examples to train on, {len(held_out):,} held out", file=sys.stderr)
+    if n_cut := sum(cut for *_, cut in rows + held_rows):
+        print(f"{n_cut} examples are longer than {n_ctx} tokens: only their ends are used", file=sys.stderr)
+    added, scale = tuning.add_parameters(params, s)
+
+    def save(trained, evaluation):
+        instructions.save(out, folder, encoder, hparams, params, trained, scale, s, evaluation["epoch"])
+
+    rows, held_rows = ([row[:2] for row in part] for part in (rows, held_rows))
+    with locked(out):
+        before, best = instructions.train(library, hparams, added, scale, rows, held_rows, s, save)
+        shown = held_out[: instructions.N_SHOWN]
+        tuned = utils.load_folder(out)[2]
+        old, new = (instructions.answers(p, hparams, encoder, backends.get("numpy"), shown) for p in (params, tuned))
+        report = instructions.report(shown, old, new, (before, best["held_out"]))
+        write_text(out / "report.md", "\n".join(report))
+    after = best["held_out"]
+    found = {"before": before, "after": after, "change": after / before - 1, "epoch": best["epoch"]}
+    text = f"held-out loss per token of the answers: {before:.4f} before, {after:.4f} after ({found['change']:+.1%})"
+    print(json_library.dumps(found) if json else f"{text}\n{out / 'report.md'} shows answers before and after")
+
+
 def predict(model: str = "", text: str = "", *, file: str = "", backend: str = "numpy", json: bool = False):
     """Prints the label of a text and its probability, or of each text in a file, a line for each.
 
@@ -180,4 +239,4 @@ def read_texts(file, known):
 
 
 if __name__ == "__main__":
-    cli.run({"classify": classify, "predict": predict}, "-m training.finetune")
+    cli.run({"classify": classify, "predict": predict, "instruct": instruct}, "-m training.finetune")

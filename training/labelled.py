@@ -4,8 +4,8 @@
     label,text                                           or a CSV file; the line with the names of the columns may
     spam,"WINNER!! Call 0906 to claim your prize"        be left out if these two are all
 
-A classifier is trained on one part, the best moment to stop is chosen by a second (validation), and the figures that are
-reported come from a third (test), which had no influence on anything.
+A classifier is trained on one part, the best moment to stop is chosen by a second (validation), and the reported
+figures come from a third (test), which had no influence on anything.
 """
 
 import csv
@@ -22,8 +22,8 @@ MAX_LABELS = 1000
 
 
 def read_table(path):
-    """[(label, text)] of a TSV or CSV file. Raises ValueError naming the line for a missing column, an empty label or an
-    empty text, OSError for a file that cannot be read."""
+    """[(label, text)] of a TSV or CSV file. Raises ValueError naming the line for a missing column, an empty label or
+    an empty text, OSError for a file that cannot be read."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"no file {str(path)!r:.80}: name one with a label, a tab and a text on each line")

@@ -24,7 +24,6 @@ from training import step as step_library
 from weights.params import from_names, tree_map
 
 METHODS = ("head", "last_block", "all", "lora", "adapters")
-N_SHORTEST = 32  # texts are padded to this length, or the next power of two
 
 
 def pattern_of(method, n_layer):
@@ -106,9 +105,9 @@ DEFAULTS = {"lora": "c_", "rank": 8, "alpha": None}
 
 
 def bucket(n, n_ctx):
-    """The length to which a batch whose longest text has n tokens is padded: few lengths, as JAX compiles a program for
-    each."""
-    return min(n_ctx, max(N_SHORTEST, 1 << (n - 1).bit_length()))
+    """The length to which a batch whose longest text has n tokens is padded: 32, 64, 96, 128, 256, 512, ... Few
+    lengths, as JAX compiles a program for each."""
+    return min(n_ctx, -(-n // 32) * 32 if n <= 128 else 1 << (n - 1).bit_length())
 
 
 def pad(rows, n):
@@ -123,6 +122,15 @@ def groups(order, n):
     """A list of numbers in lists of n; the last one is filled up with -1, so that all batches have the same shape."""
     order = [*order, *[-1] * (-len(order) % n)]
     return [order[i : i + n] for i in range(0, len(order), n)]
+
+
+def shuffled(lengths, batch_size, seed, epoch):
+    """The batches of an epoch, as lists of numbers of texts with these lengths, at random by seed and epoch. Every 64
+    texts or so are sorted by length before they are cut into batches, which halves the padding."""
+    order = np.random.default_rng((seed, epoch)).permutation(len(lengths)).tolist()
+    blocks = groups(order, 4 * batch_size)
+    order = [i for block in blocks for i in sorted((i for i in block if i >= 0), key=lambda i: lengths[i])]
+    return groups(order, batch_size)
 
 
 # ---- The loop ----
