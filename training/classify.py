@@ -22,6 +22,7 @@ from backends import np as xp
 from training import lora, tuning
 from training.loss import token_losses
 from training.model import dropout, hidden
+from training.step import join
 from weights.files import replacing
 from weights.huggingface import read_header, widen
 from weights.params import from_names, named_leaves
@@ -59,7 +60,7 @@ def make_loss(library, n_head, dropout_rate, scale):
         return row["weight"] * token_losses(logits[None], row["label"][None])[0]
 
     def loss(trainable, rows, keys, frozen):
-        params = from_names(trainable | frozen)
+        params = join(trainable, frozen)
         return xp.mean(library.vmap(row_loss, in_axes=(None, 0, 0))(params, rows, keys))
 
     return loss

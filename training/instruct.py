@@ -34,6 +34,7 @@ from inference.kv_cache import make_model
 from training import lora, saves, tuning
 from training.loss import token_losses
 from training.model import dropout, forward
+from training.step import join
 from weights import peft
 from weights.files import check_regular, new_folder, read_text, write_text
 from weights.params import from_names, named_leaves
@@ -110,7 +111,7 @@ def make_loss(library, n_head, dropout_rate, scale):
         return row_loss(params, row, n_head, scale, dropout(dropout_rate, key))
 
     def loss(trainable, rows, keys, frozen):
-        params = from_names(trainable | frozen)
+        params = join(trainable, frozen)
         return xp.mean(library.vmap(dropped, in_axes=(None, 0, 0))(params, rows, keys))
 
     return loss

@@ -54,21 +54,31 @@ def make_loss(library, n_head, dropout_rate=0.0, dtype="float32"):
         logits = forward(params, row[:-1], n_head, dropout(dropout_rate, key))
         return np.mean(token_losses(logits, row[1:]))
 
-    def loss(params, rows, keys, frozen=None):
-        params = params if frozen is None else from_names(params | frozen)
-        return np.mean(library.vmap(row_loss, in_axes=(None, 0, 0))(params, rows, keys))
+    def loss(params, rows, keys, *frozen):
+        return np.mean(library.vmap(row_loss, in_axes=(None, 0, 0))(join(params, *frozen), rows, keys))
 
     return loss
 
 
 def split(params, pattern):
-    """({name: leaf} in whose names the regular expression is found, {name: leaf} of the others). from_names makes a
-    tree of both together again. Raises ValueError if there is none of the first."""
+    """({name: leaf} in whose names the regular expression is found, {name: leaf} of the others), to be trained and
+    frozen. Raises ValueError if there are none of the first."""
     leaves = named_leaves(params)
     trainable = {name: leaves[name] for name in matching(pattern, leaves)}
     if not trainable:
         raise ValueError(f"{pattern!r} matches no parameter: names are like {', '.join([*leaves][:3])}")
     return trainable, {name: leaf for name, leaf in leaves.items() if name not in trainable}
+
+
+def join(params, *frozen):
+    """The inverse of split; params alone stay as they are."""
+    return from_names(params | frozen[0]) if frozen else params
+
+
+def summary(trainable, frozen):
+    """The counts of trainable and of all parameters, as text."""
+    n, n_frozen = (sum(leaf.size for leaf in leaves.values()) for leaves in (trainable, frozen))
+    return f"{n:,} of {n + n_frozen:,} parameters are trained ({n / (n + n_frozen):.2%})"
 
 
 def make_step(library, loss_of, micro_batch_size, seed=0, clip=1.0, **adamw_settings):

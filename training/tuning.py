@@ -21,7 +21,7 @@ import numpy as np
 import backends
 from training import lora, optimizer
 from training import step as step_library
-from weights.params import from_names, tree_map
+from weights.params import tree_map
 
 METHODS = ("head", "last_block", "all", "lora", "adapters")
 
@@ -51,14 +51,8 @@ def choose(params, s):
         step_library.split(params, s.train_only)  # raises ValueError if it matches nothing
     pattern = f"{s.train_only}|^cls_head" if s.train_only else pattern_of(s.train, len(params["blocks"]))
     trainable, frozen = step_library.split(params, pattern)
-    print(summary(trainable, frozen), file=sys.stderr)
+    print(step_library.summary(trainable, frozen), file=sys.stderr)
     return trainable, frozen
-
-
-def summary(trainable, frozen):
-    """The counts of trainable and of all parameters, as text."""
-    n, n_frozen = (sum(leaf.size for leaf in leaves.values()) for leaves in (trainable, frozen))
-    return f"{n:,} of {n + n_frozen:,} parameters are trained ({n / (n + n_frozen):.2%})"
 
 
 # ---- Settings ----
@@ -161,7 +155,7 @@ def tune(library, loss_of, trainable, frozen, batches, s, evaluate, save):
             raise ValueError(
                 f"the loss is not finite in epoch {epoch}: choose a --learning_rate below {s.learning_rate:g}"
             )
-        found = {"epoch": epoch, "loss": float(np.mean(losses)), **evaluate(from_names(state["params"] | frozen))}
+        found = {"epoch": epoch, "loss": float(np.mean(losses)), **evaluate(step_library.join(state["params"], frozen))}
         better = found["score"] > best["score"]
         shown = "".join(f"  {name} {value:.4f}" for name, value in found.items() if name not in ("epoch", "score"))
         print(f"epoch {epoch:3}{shown}{'  *' * better}", file=sys.stderr)
