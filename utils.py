@@ -27,7 +27,8 @@ from encoder import END_OF_TEXT, get_encoder
 from weights import huggingface, tensorflow
 from weights.download import BASE_URL, DATA, INDEX, SHA256, TF_FILES, download_gpt2_files
 from weights.files import read_json, replacing, write_text
-from weights.huggingface import load_gpt2_params_from_hf, save_gpt2_params_to_hf
+from weights.huggingface import hf_tensors, load_gpt2_params_from_hf, load_llama_params_from_hf, write_tensors
+from weights.params import architecture
 from weights.tensorflow import load_gpt2_params_from_tf_ckpt, save_gpt2_params_to_tf_ckpt
 from weights.tokenizer import tokenizer_texts
 
@@ -46,7 +47,8 @@ def load_encoder_hparams_and_params(model_size, models_dir=None, base_url=None):
     """(Encoder, hparams, params) of a model.
 
     model_size is one of SIZES, which is downloaded if it is not there, or the name of a folder in models_dir, or the
-    path of a folder. hparams has n_vocab, n_ctx, n_embd, n_head, n_layer.
+    path of a folder. hparams has n_vocab, n_ctx, n_embd, n_head, n_layer; that of a LLaMA is its config, which has
+    more (variants/llama.py).
     Raises ValueError for a name that is none of these, OSError for what cannot be fetched, is missing or is damaged.
     """
     return load_folder(find_model(model_size, models_dir, base_url))
@@ -62,9 +64,16 @@ def load_folder(folder):
     encoder, hparams = get_encoder(folder.name, folder.parent), read_hparams(folder)
     if encoder.n_vocab > hparams["n_vocab"]:
         raise OSError(f"{folder}: the tokenizer has ids up to {encoder.n_vocab - 1}, n_vocab is {hparams['n_vocab']}")
+    return encoder, hparams, load_params(folder, hparams)
+
+
+def load_params(folder, hparams):
+    """The params of a model folder, whichever its layout and its architecture."""
+    if architecture(hparams) == "llama":
+        return load_llama_params_from_hf(folder / "model.safetensors", hparams)
     if is_hf_folder(folder):
-        return encoder, hparams, load_gpt2_params_from_hf(folder / "model.safetensors", hparams)
-    return encoder, hparams, load_gpt2_params_from_tf_ckpt(tensorflow.latest_checkpoint(folder / "checkpoint"), hparams)
+        return load_gpt2_params_from_hf(folder / "model.safetensors", hparams)
+    return load_gpt2_params_from_tf_ckpt(tensorflow.latest_checkpoint(folder / "checkpoint"), hparams)
 
 
 def choose_model(model_size="", models_dir=None, base_url=None):
@@ -115,10 +124,17 @@ def is_hf_folder(folder):
 
 
 def read_hparams(folder):
-    """{n_vocab, n_ctx, n_embd, n_head, n_layer} of a model folder, each a whole number above 0. Raises OSError."""
+    """{n_vocab, n_ctx, n_embd, n_head, n_layer} of a model folder, each a whole number above 0; more for a LLaMA.
+    Raises OSError."""
     if is_hf_folder(folder):
         return huggingface.read_hparams(folder / "config.json")
     return tensorflow.read_hparams(folder / "hparams.json")
+
+
+def has_tokenizer(folder):
+    """Whether a model folder has a file of a tokenizer. (A folder of weights alone is of use from Python only.)"""
+    names = ("tokenizer.json", "vocab.json", "encoder.json")
+    return not folder.is_dir() or any((folder / name).exists() for name in names)
 
 
 # ---- How a text starts and ends ----
@@ -174,6 +190,11 @@ def first_ids(encoder, prompt):
 # ---- Saving ----
 
 
+def layouts_of(hparams):
+    """The layouts in which a model can be written: OpenAI's has no place for what a LLaMA has more than a GPT-2."""
+    return LAYOUTS if architecture(hparams) == "gpt2" else ("hf",)
+
+
 def save_tokenizer(source, folder, layouts=LAYOUTS):
     """Writes the tokenizer of the folder `source` as the two files of each layout: unchanged if the source has them,
     else made from its tokenizer.json. Raises OSError if one is missing or damaged."""
@@ -193,10 +214,11 @@ def save_tokenizer(source, folder, layouts=LAYOUTS):
 
 def save_model(folder, hparams, params, layouts=LAYOUTS, name="model.ckpt", ending=None):
     """Writes hparams, params and the Ending; a folder may have both layouts. `name` is the TensorFlow checkpoint's.
+    Of `layouts` those of layouts_of(hparams) are written.
 
     The weights are written last, so the folder can be loaded at any moment.
     """
-    folder = Path(folder)
+    folder, layouts = Path(folder), {*layouts} & {*layouts_of(hparams)}
     if "hf" in layouts:
         vocab = folder / "vocab.json"
         end_of_text = read_json(vocab).get(END_OF_TEXT) if vocab.exists() else None
@@ -204,7 +226,7 @@ def save_model(folder, hparams, params, layouts=LAYOUTS, name="model.ckpt", endi
         if ending:
             eos = {"eos_token_id": list(ending.end_ids)} if ending.stop_at_eos else {}
             write_text(folder / "generation_config.json", json.dumps({"bos_token_id": end_of_text} | eos) + "\n")
-        save_gpt2_params_to_hf(folder / "model.safetensors", params)
+        write_tensors(folder / "model.safetensors", hf_tensors(hparams, params))
     if "tf" in layouts:
         write_text(folder / "hparams.json", json.dumps(hparams | (ending._asdict() if ending else {})))
         save_gpt2_params_to_tf_ckpt(folder / name, params)

@@ -166,6 +166,11 @@ def take_along_axis(x, indices, axis):
     return call("getitem", x, tuple(index))
 
 
-COMPOSED = {f.__name__: f for f in (mean, asarray, stack, expand_dims, split, matmul, take_along_axis)}
+def take(x, indices, axis):
+    """x[indices] along an axis. Unlike x[indices], it accepts a NumPy array x with traced indices."""
+    return call("getitem", x, (*(slice(None),) * (axis % x.ndim), indices))
+
+
+COMPOSED = {f.__name__: f for f in (mean, asarray, stack, expand_dims, split, matmul, take, take_along_axis)}
 COMPOSED["clip"] = lambda x, low, high: np.minimum(np.maximum(x, low), high)
 PLAIN = {"getitem": operator.getitem, "update": update, "astype": lambda x, dtype: x.astype(dtype)}  # not NumPy's own

@@ -4,8 +4,8 @@
     cache = init_cache(model, n_tokens=20)
     logits, cache = step(model, tokens, cache, position=0)
 
-An architecture is a module with the functions `load`, which makes a Model, and whatever these need:
-inference/kv_cache.py for GPT-2.
+An architecture is a module with a function `make_model`, which makes a Model of params: inference/kv_cache.py for
+GPT-2, variants/llama.py for LLaMA. Which one a model has, its hyperparameters tell.
 """
 
 import importlib
@@ -15,8 +15,11 @@ import numpy
 
 import backends
 import utils
+from training import lora
+from weights.params import architecture, cast
 
-ARCHITECTURES = {"gpt2": "inference.kv_cache"}  # what a model folder says it is -> the module that computes it
+ARCHITECTURES = {"gpt2": "inference.kv_cache", "llama": "variants.llama"}  # the module that computes each
+N_PREFILL = 512  # tokens of a prompt that pass through the model at once
 
 
 class Model(NamedTuple):
@@ -43,7 +46,7 @@ class Model(NamedTuple):
 
 
 def load(model_size="", models_dir=None, base_url=None, backend="numpy", dtype="float32", adapter=""):
-    """(tokenizer, Model) of a model by its name: the one place that chooses the architecture (so far there is one).
+    """(tokenizer, Model) of a model by its name.
 
     `adapter` is a folder with a LoRA (weights/peft.py), which is merged into the weights.
     Without a name it is 124M, or the embedded model if 124M cannot be had. Raises ValueError and OSError as
@@ -51,7 +54,17 @@ def load(model_size="", models_dir=None, base_url=None, backend="numpy", dtype="
     """
     library = backends.get(backend)
     folder = utils.choose_model(model_size, models_dir, base_url)
-    return importlib.import_module(ARCHITECTURES["gpt2"]).load(folder, library, dtype, adapter)
+    tokenizer, hparams, params = utils.load_folder(folder)
+    params = lora.merge_folder(params, adapter) if adapter else params
+    params = library.prepare(cast(params, dtype))  # the same name, so that no variable keeps the old arrays in memory
+    return tokenizer, make_model(params, hparams, library, *utils.read_ending(folder, tokenizer, hparams))
+
+
+def make_model(params, hparams, library, end_ids=(), stop_at_eos=False):
+    """The Model of params that are on the backend `library` already (library.prepare or library.asarray): the one place
+    that chooses the architecture."""
+    module = importlib.import_module(ARCHITECTURES[architecture(hparams)])
+    return module.make_model(params, hparams, library, end_ids, stop_at_eos)
 
 
 def init_cache(model, n_tokens):
@@ -65,7 +78,18 @@ def n_positions(cache):
 
 
 def step(model, tokens, cache, position):
-    """(logits [n_vocab] after the last of the list `tokens`, cache): one forward pass. tokens[0] stands at `position`.
+    """(logits [n_vocab] after the last of the list `tokens`, cache). tokens[0] stands at `position`.
+
+    A long prompt goes through the model in chunks of N_PREFILL tokens, so that its activations, which are much larger
+    than its part of the cache, are never in memory all at once.
+    """
+    for start in range(0, len(tokens), N_PREFILL):
+        logits, cache = forward(model, tokens[start : start + N_PREFILL], cache, position + start)
+    return logits, cache
+
+
+def forward(model, tokens, cache, position):
+    """The same in one forward pass.
 
     A prompt is padded to one of few lengths, each of which JAX compiles once. The padding fills later slots of the
     cache, which the mask hides and later tokens overwrite.

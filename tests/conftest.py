@@ -20,8 +20,8 @@ import pytest
 import backends
 import cli
 import utils
-from inference import kv_cache
 from inference.__main__ import main as front_door
+from inference.model import make_model
 from weights.params import param_shapes, tree_map, unflatten
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -111,7 +111,8 @@ def random_params(n_vocab=11, n_ctx=8, n_embd=6, n_head=2, n_layer=2, seed=0):
     return unflatten({path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()})
 
 
-def model_of(params, n_head, backend="numpy", **ending):
-    """The Model of params, which stay as they are."""
+def model_of(params, hparams, backend="numpy", **ending):
+    """The Model of params, which stay as they are. For a GPT-2 the number of heads will do as hparams."""
     library = backends.get(backend)
-    return kv_cache.make_model(library.prepare(tree_map(lambda array: array, params)), n_head, library, **ending)
+    hparams = hparams if isinstance(hparams, dict) else {"n_head": hparams}
+    return make_model(library.prepare(tree_map(lambda array: array, params)), hparams, library, **ending)

@@ -23,7 +23,7 @@ FOUR = ("gpt2.py", "gpt2_pico.py", "encoder.py", "utils.py")  # the core
 
 # ---- Budgets: lines of code, without blank lines, comments, docstrings and tables of flags ----
 
-BUDGETS = {"gpt2.py": 90, "gpt2_pico.py": 50, "encoder.py": 115, "inference/kv_cache.py": 80}
+BUDGETS = {"gpt2.py": 90, "gpt2_pico.py": 50, "encoder.py": 115, "inference/kv_cache.py": 80, "variants/llama.py": 160}
 EACH_OTHER, FUNCTION, FUNCTION_OF_THE_FOUR = 200, 45, 25
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
@@ -102,7 +102,7 @@ MAY_IMPORT = {  # a module or the folder it is in -> the modules and folders tha
     "gpt2_pico": {"utils"},
     "training.lora": {"backends", "gpt2", "weights"},  # arithmetic on params, of which inference knows
     "inference": PLAIN | {"gpt2", "inference", "training.lora"},
-    "training": PLAIN | {"gpt2", "inference", "training"},  # a run shows what its model writes
+    "training": PLAIN | {"gpt2", "inference", "variants", "training"},  # a run shows what its model writes
     "variants": PLAIN | {"gpt2", "inference", "variants"},
     "serving": PLAIN | {"gpt2", "inference", "variants", "serving"},
 }

@@ -13,6 +13,7 @@ import gpt2
 from backends import numpy_threads
 from training import loss, model, optimizer
 from training import step as library
+from training.model import forward_of
 from weights.params import flatten, tree_map
 
 BACKENDS = ["numpy", "jax"]
@@ -39,7 +40,7 @@ def train(
 ):
     """The params and losses after a step with each batch."""
     computing = backends.get(backend)
-    loss_of = library.make_loss(computing, n_head, dropout_rate, dtype)
+    loss_of = library.make_loss(computing, forward_of({"n_head": n_head}), dropout_rate, dtype)
     step = library.make_step(computing, loss_of, micro_batch_size, **settings)
     state, losses = optimizer.init_state(tree_map(backends.np.array, computing.asarray(params))), []
     for i, batch in enumerate(batches):
@@ -284,5 +285,5 @@ def test_mean_loss_of_windows_that_fill_no_batch(n_windows, backend):
     windows = np.random.default_rng(0).integers(0, 17, (n_windows, 9))
     params = library.init_params(SMALL, 0)
     expected = np.mean([loss.lm_loss(params, row, 2) for row in windows])
-    mean_loss = library.make_mean_loss(backends.get(backend), 2, micro_batch_size=4)
+    mean_loss = library.make_mean_loss(backends.get(backend), forward_of({"n_head": 2}), micro_batch_size=4)
     assert mean_loss(params, windows) == pytest.approx(expected, rel=1e-6)

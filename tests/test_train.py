@@ -20,6 +20,7 @@ import utils
 from training import data, optimizer, saves, train
 from training import step as library
 from training.loss import lm_loss
+from training.model import forward_of
 from weights.files import locked
 from weights.params import flatten, tree_map
 
@@ -111,7 +112,7 @@ def steps_by_hand(ids, *n_steps):
     """The losses of a run of TINY, taken step by step, each on the cosine of the number of steps given for it."""
     _, tokens = data.load(ids, 16)
     computing = backends.get("jax")
-    loss_of = library.make_loss(computing, 2, dropout_rate=0.2, dtype="float32")
+    loss_of = library.make_loss(computing, forward_of({"n_head": 2}), dropout_rate=0.2, dtype="float32")
     step = library.make_step(computing, loss_of, 4, seed=5, clip=0.3, weight_decay=0.3, beta2=0.95)
     hparams = {"n_vocab": 512, "n_ctx": 16, "n_embd": 16, "n_head": 2, "n_layer": 1}
     state, found = optimizer.init_state(tree_map(jax.numpy.array, library.init_params(hparams, seed=5))), []

@@ -21,7 +21,7 @@ import utils
 from backends import np as xp
 from training import lora, tuning
 from training.loss import token_losses
-from training.model import dropout, hidden
+from training.model import dropout, hidden_of, no_dropout
 from training.step import join
 from weights.files import replacing
 from weights.huggingface import read_header, widen
@@ -45,22 +45,27 @@ def init_head(n_embd, n_classes, seed):
     return np.random.default_rng(seed).normal(scale=0.02, size=(n_embd, n_classes)).astype(np.float32)
 
 
-def class_logits(params, row, n_head, scale, drop=lambda x: x):
-    """[n_classes] logits of one text: row has "ids" [n_seq] and "last", or the finished vector "x" [n_embd]."""
-    x = row["x"] if "x" in row else hidden(lora.apply(params, scale), row["ids"], n_head, drop)[row["last"]]
-    return x @ params["cls_head"]["w"]
+def last_vector(params, row, hidden, scale=1.0, drop=no_dropout):
+    """[n_embd], the vector at the last token of a text: row has "ids" [n_seq] and "last"; hidden is that of
+    training.model.hidden_of. Or the finished vector, if row has it as "x"."""
+    return row["x"] if "x" in row else hidden(lora.apply(params, scale), row["ids"], drop=drop)[row["last"]]
 
 
-def make_loss(library, n_head, dropout_rate, scale):
-    """The function that training differentiates: (trainable, rows, keys, frozen) -> the mean loss of the rows, each
+def class_logits(params, row, hidden, scale=1.0, drop=no_dropout):
+    """[n_classes] logits of a text."""
+    return last_vector(params, row, hidden, scale, drop) @ params["cls_head"]["w"]
+
+
+def make_loss(library, hidden, dropout_rate, scale):
+    """The function that training differentiates: (trainable, rows, keys, *frozen) -> the mean loss of the rows, each
     times its "weight"."""
 
     def row_loss(params, row, key):
-        logits = class_logits(params, row, n_head, scale, dropout(dropout_rate, key))
+        logits = class_logits(params, row, hidden, scale, dropout(dropout_rate, key))
         return row["weight"] * token_losses(logits[None], row["label"][None])[0]
 
-    def loss(trainable, rows, keys, frozen):
-        params = join(trainable, frozen)
+    def loss(trainable, rows, keys, *frozen):
+        params = join(trainable, *frozen)
         return xp.mean(library.vmap(row_loss, in_axes=(None, 0, 0))(params, rows, keys))
 
     return loss
@@ -102,7 +107,7 @@ def over_texts(library, f, params, rows, n_ctx, batch_size=32):
 
 def predict(library, classifier, rows):
     """[n_texts, n_classes] logits of lists of ids."""
-    f = functools.partial(class_logits, n_head=classifier.hparams["n_head"], scale=classifier.scale)
+    f = functools.partial(class_logits, hidden=hidden_of(classifier.hparams), scale=classifier.scale)
     return over_texts(library, f, library.asarray(classifier.params), rows, classifier.hparams["n_ctx"])
 
 
@@ -115,18 +120,15 @@ def train(library, classifier, parts, s, save):
 
     If only the head is trained, the vectors that it reads never change: they are computed once.
     """
-    n_head, n_ctx = classifier.hparams["n_head"], classifier.hparams["n_ctx"]
-    trainable, frozen = tuning.choose(classifier.params, s)
+    hidden, n_ctx = hidden_of(classifier.hparams), classifier.hparams["n_ctx"]
+    trainable, frozen = tuning.choose(library, classifier.params, s)
     if trainable.keys() == {"cls_head.w"}:
-
-        def vector(params, row):
-            return hidden(params, row["ids"], n_head, lambda x: x)[row["last"]]
-
+        vector = functools.partial(last_vector, hidden=hidden)
         base = library.asarray(classifier.params)
         parts = {k: (list(over_texts(library, vector, base, rows, n_ctx)), y) for k, (rows, y) in parts.items()}
-        frozen = {}
-    loss_of = make_loss(library, n_head, s.dropout, classifier.scale)
-    logits_of = functools.partial(class_logits, n_head=n_head, scale=classifier.scale)
+        frozen = [{}]
+    loss_of = make_loss(library, hidden, s.dropout, classifier.scale)
+    logits_of = functools.partial(class_logits, hidden=hidden, scale=classifier.scale)
     rows, labels = parts["validation"]
 
     def evaluate(params):

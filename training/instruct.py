@@ -30,10 +30,10 @@ import utils
 from backends import np as xp
 from inference.batching import generate_batch
 from inference.generate import Sequence
-from inference.kv_cache import make_model
+from inference.model import make_model
 from training import lora, saves, tuning
 from training.loss import token_losses
-from training.model import dropout, forward
+from training.model import dropout, forward_of, no_dropout
 from training.step import join
 from weights import peft
 from weights.files import check_regular, new_folder, read_text, write_text
@@ -97,21 +97,21 @@ def tokenize(encoder, example, n_ctx):
 # ---- The loss ----
 
 
-def row_loss(params, row, n_head, scale, drop=lambda x: x):
+def row_loss(params, row, forward, scale=1.0, drop=no_dropout):
     """The sum of the losses of a text's predictions, each times its weight. row has "ids" [n_seq + 1] and "weights"
-    [n_seq]."""
-    logits = forward(lora.apply(params, scale), row["ids"][:-1], n_head, drop)
+    [n_seq]; forward is that of training.model.forward_of."""
+    logits = forward(lora.apply(params, scale), row["ids"][:-1], drop=drop)
     return xp.sum(row["weights"] * token_losses(logits, row["ids"][1:]))
 
 
-def make_loss(library, n_head, dropout_rate, scale):
-    """The function that training differentiates: (trainable, rows, keys, frozen) -> the mean loss of the rows."""
+def make_loss(library, forward, dropout_rate, scale):
+    """The function that training differentiates: (trainable, rows, keys, *frozen) -> the mean loss of the rows."""
 
     def dropped(params, row, key):
-        return row_loss(params, row, n_head, scale, dropout(dropout_rate, key))
+        return row_loss(params, row, forward, scale, dropout(dropout_rate, key))
 
-    def loss(trainable, rows, keys, frozen):
-        params = join(trainable, frozen)
+    def loss(trainable, rows, keys, *frozen):
+        params = join(trainable, *frozen)
         return xp.mean(library.vmap(dropped, in_axes=(None, 0, 0))(params, rows, keys))
 
     return loss
@@ -129,9 +129,9 @@ def batch(rows, order, n_ctx):
     }
 
 
-def mean_loss(library, params, rows, n_head, n_ctx, scale, batch_size=16):
+def mean_loss(library, params, rows, forward, n_ctx, scale=1.0, batch_size=16):
     """The mean loss over all tokens of the answers, a float."""
-    compute = library.jit(library.vmap(functools.partial(row_loss, n_head=n_head, scale=scale), in_axes=(None, 0)))
+    compute = library.jit(library.vmap(functools.partial(row_loss, forward=forward, scale=scale), in_axes=(None, 0)))
     order, total, n_tokens = sorted(range(len(rows)), key=lambda i: len(rows[i][0])), 0.0, 0
     for group in tuning.groups(order, batch_size):
         n = sum(sum(rows[i][1]) for i in group if i >= 0)
@@ -153,11 +153,11 @@ def split(examples, seed, share=0.1):
 def train(library, hparams, params, scale, rows, held_out, s, save):
     """Trains by the settings s; rows and held_out are lists of (ids, weights). Calls save(trained leaves, evaluation)
     for the best so far. Returns (the held-out loss before, the best evaluation)."""
-    n_head, n_ctx = hparams["n_head"], hparams["n_ctx"]
-    trainable, frozen = tuning.choose(params, s)
+    forward, n_ctx = forward_of(hparams), hparams["n_ctx"]
+    trainable, frozen = tuning.choose(library, params, s)
 
     def evaluate(params):
-        loss = mean_loss(library, params, held_out, n_head, n_ctx, scale)
+        loss = mean_loss(library, params, held_out, forward, n_ctx, scale)
         return {"held_out": loss, "score": -loss}
 
     def batches(epoch):
@@ -165,7 +165,7 @@ def train(library, hparams, params, scale, rows, held_out, s, save):
         return [batch(rows, group, n_ctx) for group in order]
 
     before = evaluate(library.asarray(params))["held_out"]
-    loss_of = make_loss(library, n_head, s.dropout, scale)
+    loss_of = make_loss(library, forward, s.dropout, scale)
     return before, tuning.tune(library, loss_of, trainable, frozen, batches, s, evaluate, save)
 
 
@@ -195,7 +195,7 @@ def write_files(out, source, hparams, base, params, trained, s, epoch, ending):
 
 def answers(params, hparams, encoder, library, examples):
     """The greedy answer to each example."""
-    model = make_model(params, hparams["n_head"], library)
+    model = make_model(params, hparams, library)
     end_ids, sequences = (encoder.end_of_text,), []
     for example in examples:
         ids = encoder.encode(prompt(example))[-(hparams["n_ctx"] - N_ANSWER) :]

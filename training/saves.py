@@ -3,7 +3,7 @@
     models/mine/training-400.npz       all that the next step depends on: the state of optimizer.py and the counters
     models/mine/model.ckpt-400.*       the model with the lowest validation loss so far, in OpenAI's layout
     models/mine/checkpoint             the name of the checkpoint to load
-    models/mine/model.safetensors      the same model, in Hugging Face's layout
+    models/mine/model.safetensors      the same model, in Hugging Face's layout (a LLaMA in this alone)
     models/mine/metrics.jsonl          a line for each step and each evaluation
 
 Batches and dropout masks are functions of the seed and the number of the step (data.draw, model.dropout_keys), so no

@@ -15,49 +15,56 @@ a call, use only the returned state.
 
 import functools
 import math
+import sys
 
 import numpy
 
 from backends import np
 from training import optimizer
-from training.loss import lm_loss, token_losses
-from training.model import dropout, dropout_keys, forward
-from weights.params import find_dtype, flatten, from_names, matching, named_leaves, param_shapes, tree_map, unflatten
+from training.loss import token_losses
+from training.model import dropout, dropout_keys, no_dropout
+from weights.params import find_dtype, flatten, from_names, matching, named_leaves, shapes_of, tree_map, unflatten
 
 
 def init_params(hparams, seed):
     """Random params, float32: weights normal with standard deviation 0.02, biases 0, gains 1. The projections that add
-    to the residual stream, two in each block, start smaller by 1/sqrt(2 n_layer), so that their sum does not grow with
-    depth (Radford et al. 2019, section 2.3)."""
+    to the residual stream, two in each block (c_proj, and a LLaMA's c_down), start smaller by 1/sqrt(2 n_layer), so
+    that their sum does not grow with depth (Radford et al. 2019, section 2.3)."""
     rng = numpy.random.default_rng(seed)
 
     def init(path, shape):
         if len(shape) == 1:
             return numpy.full(shape, path[-1] == "g", numpy.float32)
-        scale = 0.02 / (math.sqrt(2 * hparams["n_layer"]) if "c_proj" in path else 1)
+        scale = 0.02 / (math.sqrt(2 * hparams["n_layer"]) if {"c_proj", "c_down"} & {*path} else 1)
         return rng.normal(scale=scale, size=shape).astype(numpy.float32)
 
-    return unflatten({path: init(path, shape) for path, shape in param_shapes(**hparams).items()})
+    return unflatten({path: init(path, shape) for path, shape in shapes_of(hparams).items()})
 
 
-def make_loss(library, n_head, dropout_rate=0.0, dtype="float32"):
+def row_loss(forward, params, row, drop=no_dropout):
+    """The mean loss of the predictions of row[1:], [n_ctx + 1] ids, each from those before it: training.loss.lm_loss
+    for any model.forward_of."""
+    return np.mean(token_losses(forward(params, row[:-1], drop=drop), row[1:]))
+
+
+def make_loss(library, forward, dropout_rate=0.0, dtype="float32"):
     """The function that training differentiates: (params, rows [n, n_ctx + 1], keys [n, 1]) -> the mean loss of n rows
-    of a batch, under dropout with these keys. With frozen params, its fourth argument, both are as `split` gives them.
+    of a batch, under dropout with these keys. `forward` is that of training.model.forward_of. With frozen params, its
+    fourth argument, both are as `split` gives them.
 
     With dtype bfloat16 the layers compute in bfloat16, which is faster on a GPU, from float32 params (master weights):
     a step often changes a parameter by less than 1/256 of it, and bfloat16 would round such a change away.
     """
     dtype = find_dtype(dtype)
 
-    def row_loss(params, row, key):
+    def loss(params, row, key):
         params = tree_map(lambda array: array.astype(dtype), params)
-        logits = forward(params, row[:-1], n_head, dropout(dropout_rate, key))
-        return np.mean(token_losses(logits, row[1:]))
+        return row_loss(forward, params, row, dropout(dropout_rate, key))
 
-    def loss(params, rows, keys, *frozen):
-        return np.mean(library.vmap(row_loss, in_axes=(None, 0, 0))(join(params, *frozen), rows, keys))
+    def mean(params, rows, keys, *frozen):
+        return np.mean(library.vmap(loss, in_axes=(None, 0, 0))(join(params, *frozen), rows, keys))
 
-    return loss
+    return mean
 
 
 def split(params, pattern):
@@ -75,10 +82,15 @@ def join(params, *frozen):
     return from_names(params | frozen[0]) if frozen else params
 
 
-def summary(trainable, frozen):
-    """The counts of trainable and of all parameters, as text."""
+def freeze(library, params, pattern):
+    """(what of params is to be trained, [the frozen leaves on the backend `library`]) for `join`; without a pattern
+    (params, []). With one, prints how many numbers each part has."""
+    if not pattern:
+        return params, []
+    trainable, frozen = split(params, pattern)
     n, n_frozen = (sum(leaf.size for leaf in leaves.values()) for leaves in (trainable, frozen))
-    return f"{n:,} of {n + n_frozen:,} parameters are trained ({n / (n + n_frozen):.2%})"
+    print(f"{n:,} of {n + n_frozen:,} parameters are trained ({n / (n + n_frozen):.2%})", file=sys.stderr)
+    return trainable, [library.asarray(frozen)]
 
 
 def make_step(library, loss_of, micro_batch_size, seed=0, clip=1.0, **adamw_settings):
@@ -105,9 +117,9 @@ def make_step(library, loss_of, micro_batch_size, seed=0, clip=1.0, **adamw_sett
     return step
 
 
-def make_mean_loss(library, n_head, micro_batch_size):
-    """A function (params, windows [n_windows, n]) -> the mean of lm_loss over the windows, without dropout, a float."""
-    losses_of = library.jit(library.vmap(functools.partial(lm_loss, n_head=n_head), in_axes=(None, 0)))
+def make_mean_loss(library, forward, micro_batch_size):
+    """A function (params, windows [n_windows, n]) -> the mean loss over the windows, without dropout, a float."""
+    losses_of = library.jit(library.vmap(functools.partial(row_loss, forward), in_axes=(None, 0)))
 
     def mean_loss(params, windows):
         # Rows are repeated to fill the last micro-batch: JAX would compile another program for another length.

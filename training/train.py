@@ -27,37 +27,41 @@ import backends
 import cli
 import utils
 from backends import np
-from inference import kv_cache, sampling
+from inference import sampling
 from inference.generate import Sequence, generate
+from inference.model import make_model
 from training import data, optimizer, saves
 from training import step as step_library
+from training.model import HPARAMS, architecture_faults, forward_of, shorten
 from utils import save_tokenizer
 from weights.files import locked, new_folder, replacing
 from weights.params import flatten, leaf_name, tree_map, unflatten
 
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 192, "n_ctx": 256}
 # Not compared on --resume. The sizes are compared as hparams.
-FREE = ("data", "out", "n_steps", "patience", "resume", *SIZES)
+FREE = ("data", "out", "n_steps", "patience", "resume", "architecture", "n_head_kv", *SIZES)
 N_EVALUATED = 65_536  # tokens of each part of the data, at most, for an evaluation
 
 
 # fmt: off
 def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None, n_head: int | None = None,
-         n_embd: int | None = None, n_ctx: int | None = None, init_from: str = "", n_steps: int = 1500,
-         batch_size: int = 32, micro_batch_size: int | None = None, learning_rate: float = 2e-3, warmup: int = 100,
-         beta2: float = 0.99, weight_decay: float = 0.1, clip: float = 1.0, dropout: float = 0.1,
-         dtype: str = "float32", eval_every: int = 100, patience: int = 0, seed: int = 0, backend: str = "",
-         resume: bool = False, train_only: str = ""):
+         n_embd: int | None = None, n_ctx: int | None = None, architecture: str = "", n_head_kv: int | None = None,
+         init_from: str = "", n_steps: int = 1500, batch_size: int = 32, micro_batch_size: int | None = None,
+         learning_rate: float = 2e-3, warmup: int = 100, beta2: float = 0.99, weight_decay: float = 0.1,
+         clip: float = 1.0, dropout: float = 0.1, dtype: str = "float32", eval_every: int = 100, patience: int = 0,
+         seed: int = 0, backend: str = "", resume: bool = False, train_only: str = ""):
     # fmt: on
-    """Trains a GPT-2 on a folder made by `python -m training.data`, and saves it in OpenAI's and Hugging Face's layout.
+    """Trains a model on a folder made by `python -m training.data`, and saves it in OpenAI's and Hugging Face's layout.
 
     Args:
         data: the folder with train.bin and validation.bin
         out: the model folder to make
-        n_layer: blocks; left out: 6, or as in --init_from, like the next two
+        n_layer: blocks; left out: 6, or as in --init_from, like the next two and the architecture
         n_head: attention heads, which share n_embd; left out: 6
         n_embd: the size of the vector that stands for one token; left out: 192
         n_ctx: tokens that the model can see; left out: 256; beside --init_from, at most as many as that model
+        architecture: gpt2 or llama (as many parameters, only in Hugging Face's layout); left out: gpt2
+        n_head_kv: for llama: heads of keys and values, which the n_head heads of queries share; left out: n_head
         init_from: start from this model, with its sizes and its tokenizer; left out: start from random numbers
         n_steps: how often to change the parameters; may be larger with --resume, and the learning rate follows it
         batch_size: windows of n_ctx tokens for one step
@@ -117,6 +121,8 @@ def faults(s):
     yield n_embd % n_head, f"--n_embd {n_embd} cannot be shared among --n_head {n_head} heads: choose a multiple"
     uneven = s.micro_batch_size is not None and (s.micro_batch_size == 0 or s.batch_size % s.micro_batch_size)
     yield uneven, f"--micro_batch_size {s.micro_batch_size} does not divide --batch_size {s.batch_size}"
+    yield from architecture_faults(s.architecture, n_embd, n_head, s.n_head_kv)
+    sizes += ["architecture"] * bool(s.architecture)
     fixed = [name for name in sizes if name != "n_ctx"]
     yield s.init_from and fixed, f"--{''.join(fixed[:1])} has no effect: --init_from decides"
     yield s.train_only and not s.init_from, "--train_only freezes weights: name those to start from with --init_from"
@@ -132,13 +138,13 @@ def starting_point(s):
         n_ctx = hparams["n_ctx"] if s.n_ctx is None else s.n_ctx
         if n_ctx > hparams["n_ctx"]:
             raise ValueError(f"--n_ctx {n_ctx} is more than {s.init_from} has positions for: {hparams['n_ctx']}")
-        hparams, params = hparams | {"n_ctx": n_ctx}, params | {"wpe": params["wpe"][:n_ctx]}
+        hparams, params = shorten(hparams, params, n_ctx)
         encoder, ids = data.load(s.data, n_ctx)
         if (known.ids, known.ranks) != (encoder.ids, encoder.ranks):
             raise ValueError(f"{s.data} has other token ids than {s.init_from}: make it with --encoder {s.init_from}")
         return encoder, ids, hparams, params
     encoder, ids = data.load(s.data, sizes["n_ctx"])
-    hparams = {"n_vocab": len(encoder.ids), **sizes}
+    hparams = HPARAMS[s.architecture or "gpt2"](n_vocab=len(encoder.ids), n_head_kv=s.n_head_kv, **sizes)
     return encoder, ids, hparams, step_library.init_params(hparams, s.seed)
 
 
@@ -149,28 +155,21 @@ class Run:
         s, library = settings, backends.get(settings.backend)
         self.settings, self.folder, self.library, self.seconds = s, Path(s.out), library, []
         self.encoder, self.ids, self.hparams, params = starting_point(s)
-        params, *frozen = step_library.split(params, s.train_only) if s.train_only else [params]
-        self.frozen = library.asarray(frozen)
-        if s.train_only:
-            print(step_library.summary(params, *frozen), file=sys.stderr)
+        params, self.frozen = step_library.freeze(library, params, s.train_only)
         # Copies, because JAX's step overwrites its state.
         self.state = optimizer.init_state(tree_map(np.array, library.asarray(params)))
         on_cpu = "cpu" in str(next(iter(flatten(self.state).values())).device).lower()
-        n_head, n_ctx = self.hparams["n_head"], self.hparams["n_ctx"]
+        forward, n_ctx = forward_of(self.hparams), self.hparams["n_ctx"]
         micro_batch_size = s.micro_batch_size or (math.gcd(s.batch_size, 4) if on_cpu else s.batch_size)
-        loss_of = step_library.make_loss(library, n_head, s.dropout, s.dtype)
+        loss_of = step_library.make_loss(library, forward, s.dropout, s.dtype)
         adamw_settings = {"weight_decay": s.weight_decay, "beta2": s.beta2}
         self.step = step_library.make_step(library, loss_of, micro_batch_size, s.seed, s.clip, **adamw_settings)
-        self.mean_loss = step_library.make_mean_loss(library, n_head, micro_batch_size)
+        self.mean_loss = step_library.make_mean_loss(library, forward, micro_batch_size)
         self.windows = {n: data.consecutive(ids, n_ctx, max(1, N_EVALUATED // n_ctx)) for n, ids in self.ids.items()}
         fixed = {name: value for name, value in vars(s).items() if name not in FREE} | self.hparams
         fixed |= {"micro_batch_size": micro_batch_size}
         fixed |= {f"checksum of {name}.bin": zlib.crc32(ids) for name, ids in self.ids.items()}
         self.counters = {"step": 0, "best": math.inf, "best_step": 0, "n_worse": 0, "settings": fixed}
-
-    def params(self):
-        """The params of the model at the moment, the frozen ones included."""
-        return step_library.join(self.state["params"], *self.frozen)
 
     def begin(self):
         """Makes the folder with the first save. It is renamed to its final name when it is complete."""
@@ -179,7 +178,7 @@ class Run:
             raise ValueError(f"{self.folder} is there already: {hint}, or name another folder with --out")
         final = self.folder
         with new_folder(final) as self.folder:
-            save_tokenizer(self.settings.data, self.folder)
+            save_tokenizer(self.settings.data, self.folder, utils.layouts_of(self.hparams))
             self.evaluate()
         self.folder = final
 
@@ -252,7 +251,7 @@ class Run:
     def evaluate(self):
         """Computes both losses, without dropout, and prints them with a sample. Saves the run, and the model if its
         validation loss is the lowest so far."""
-        counters, params = self.counters, self.params()
+        counters, params = self.counters, step_library.join(self.state["params"], *self.frozen)
         losses = {name: self.mean_loss(params, self.windows[name]) for name in data.PARTS}
         for name, loss in losses.items():
             self.require_finite(loss, f"loss on {name}.bin")
@@ -278,12 +277,12 @@ class Run:
 
     def sample(self):
         """A text that the model generates at temperature 0.8, from <|endoftext|> on."""
-        params = self.library.to_numpy(self.params())
+        params = self.library.to_numpy(step_library.join(self.state["params"], *self.frozen))
         end_ids = [] if self.encoder.end_of_text is None else [self.encoder.end_of_text]
         start, n = end_ids or [0], min(40, self.hparams["n_ctx"] - 1)
         warm = sampling.SamplingParams(temperature=0.8)
         row = Sequence(self.encoder, start, n, warm, end_ids=end_ids, seed=self.settings.seed)
-        text = "".join(generate(kv_cache.make_model(params, self.hparams["n_head"], backends.get("numpy")), row))
+        text = "".join(generate(make_model(params, self.hparams, backends.get("numpy")), row))
         return " ".join(text.split())
 
 

@@ -31,7 +31,7 @@ def pattern_of(method, n_layer):
     return {
         "head": r"^cls_head",
         "last_block": rf"^blocks\.{n_layer - 1}\.|^ln_f|^cls_head",
-        "all": "",
+        "all": ".",
         "lora": r"\.lora_[ab]$|^cls_head",
         "adapters": r"\.adapter\.|^cls_head",
     }[method]
@@ -44,15 +44,12 @@ def add_parameters(params, s):
     return (lora.add_adapters(params, s.adapter_size, s.seed) if s.train == "adapters" else params), 1.0
 
 
-def choose(params, s):
-    """({name: leaf} to train, {name: leaf} of the frozen ones) by the settings s; a new output layer is always trained.
-    Prints how many numbers they have."""
+def choose(library, params, s):
+    """What step.freeze returns, by the settings s; a new output layer is always trained."""
     if s.train_only:
         step_library.split(params, s.train_only)  # raises ValueError if it matches nothing
     pattern = f"{s.train_only}|^cls_head" if s.train_only else pattern_of(s.train, len(params["blocks"]))
-    trainable, frozen = step_library.split(params, pattern)
-    print(step_library.summary(trainable, frozen), file=sys.stderr)
-    return trainable, frozen
+    return step_library.freeze(library, params, pattern)
 
 
 # ---- Settings ----
@@ -139,7 +136,6 @@ def tune(library, loss_of, trainable, frozen, batches, s, evaluate, save):
     """
     from tqdm import tqdm
 
-    frozen = library.asarray(frozen)
     state = optimizer.init_state(tree_map(backends.np.array, library.asarray(trainable)))  # copies: JAX overwrites them
     n_micro = math.gcd(s.batch_size, 4)
     step = step_library.make_step(library, loss_of, n_micro, s.seed, weight_decay=s.weight_decay)
@@ -148,14 +144,18 @@ def tune(library, loss_of, trainable, frozen, batches, s, evaluate, save):
         losses, todo = [], batches(epoch)
         for batch in tqdm(todo, unit="step", desc=f"epoch {epoch}", leave=False, disable=None):
             rate = optimizer.learning_rate(n_done, s.learning_rate, 10, s.n_epochs * len(todo))
-            state, loss = step(state, batch, n_done, rate, frozen)
+            state, loss = step(state, batch, n_done, rate, *frozen)
             n_done += 1
             losses.append(float(loss))
         if not math.isfinite(sum(losses)):
             raise ValueError(
                 f"the loss is not finite in epoch {epoch}: choose a --learning_rate below {s.learning_rate:g}"
             )
-        found = {"epoch": epoch, "loss": float(np.mean(losses)), **evaluate(step_library.join(state["params"], frozen))}
+        found = {
+            "epoch": epoch,
+            "loss": float(np.mean(losses)),
+            **evaluate(step_library.join(state["params"], *frozen)),
+        }
         better = found["score"] > best["score"]
         shown = "".join(f"  {name} {value:.4f}" for name, value in found.items() if name not in ("epoch", "score"))
         print(f"epoch {epoch:3}{shown}{'  *' * better}", file=sys.stderr)

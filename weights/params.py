@@ -33,18 +33,64 @@ def param_shapes(n_vocab, n_ctx, n_embd, n_head, n_layer):
     return {("wte",): (n_vocab, n_embd), ("wpe",): (n_ctx, n_embd), **blocks, **norm}
 
 
+def llama_shapes(config):
+    """{path: shape} of all parameters of a LLaMA; variants/llama.py says what the sizes in `config` are. There are no
+    biases. Without "lm_head" (config["tied"]), wte serves at the output too."""
+    n_vocab, n_embd, n_ffn = config["n_vocab"], config["n_embd"], config["n_ffn"]
+    n_query, n_key = config["n_head"] * config["d_head"], config["n_head_kv"] * config["d_head"]
+    block = {
+        "ln_1/g": (n_embd,),
+        "attn/c_q/w": (n_embd, n_query),
+        "attn/c_k/w": (n_embd, n_key),
+        "attn/c_v/w": (n_embd, n_key),
+        "attn/c_proj/w": (n_query, n_embd),
+        "ln_2/g": (n_embd,),
+        "mlp/c_gate/w": (n_embd, n_ffn),
+        "mlp/c_up/w": (n_embd, n_ffn),
+        "mlp/c_down/w": (n_ffn, n_embd),
+    }
+    blocks = {("blocks", i, *name.split("/")): shape for i in range(config["n_layer"]) for name, shape in block.items()}
+    head = {} if config["tied"] else {("lm_head",): (n_vocab, n_embd)}
+    return {("wte",): (n_vocab, n_embd), **blocks, ("ln_f", "g"): (n_embd,), **head}
+
+
+def architecture(hparams):
+    """The name of the architecture that has these hyperparameters. Those of a LLaMA have a number of key/value heads,
+    those of a GPT-2 do not."""
+    return "llama" if "n_head_kv" in hparams else "gpt2"
+
+
+def shapes_of(hparams):
+    """{path: shape} of all parameters of a model, whichever its architecture."""
+    return llama_shapes(hparams) if architecture(hparams) == "llama" else param_shapes(**hparams)
+
+
 def check_hparams(file, found, names=None):
-    """The five sizes in `found`, the object read from `file`, where some may have other `names`. Raises OSError unless
-    each is a whole number above 0 that a model can have."""
+    """The five sizes of a GPT-2 in `found`, the object read from `file`, where some may have other `names`. Raises
+    OSError unless each is a whole number above 0 that a model can have."""
     names = {name: name for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")} | (names or {})
-    hparams = {name: found.get(theirs) for name, theirs in names.items()}
-    for name, value in zip(names.values(), hparams.values(), strict=True):
-        limit = 1000 if name == "n_layer" else 2**24  # far above any model, far below what would make the loader hang
-        if type(value) is not int or not 1 <= value <= limit:
-            raise OSError(f"{file}: {name} must be a whole number from 1 to {limit}, not {value!r:.40}")
+    hparams = check_sizes(file, found, names)
     if hparams["n_embd"] % hparams["n_head"]:
         raise OSError(f"{file}: n_embd {hparams['n_embd']} cannot be shared among n_head {hparams['n_head']} heads")
     return hparams
+
+
+def check_sizes(file, found, names):
+    """{name: found[its name in the file]} for {name: name in the file}. Raises OSError as above."""
+    sizes = {name: found.get(theirs) for name, theirs in names.items()}
+    for name, value in sizes.items():
+        limit = 1000 if name == "n_layer" else 2**24  # far above any model, far below what would make the loader hang
+        if type(value) is not int or not 1 <= value <= limit:
+            raise OSError(f"{file}: {names[name]} must be a whole number from 1 to {limit}, not {value!r:.40}")
+    return sizes
+
+
+def require(file, found, supported, model):
+    """Raises OSError if an entry of `found`, the object read from `file`, is not one of the values in `supported`,
+    {name: values that the model has}; the first one is the default."""
+    for name, values in supported.items():
+        if (value := found.get(name, values[0])) not in values:
+            raise OSError(f"{file}: {name} is {value!r:.60}, {model}'s is {values[0]!r}: no other is computed here")
 
 
 def not_finite(params):

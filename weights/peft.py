@@ -19,14 +19,12 @@ import zlib
 
 import numpy as np
 
+from weights import llama
 from weights.files import read_json, replacing, write_text
-from weights.huggingface import read_header, widen
+from weights.huggingface import hf_name, read_header, widen
 from weights.params import flatten, leaf_name, named_leaves
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-LLAMA_NAMES = {"attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj",
-               "attn.c_proj": "self_attn.o_proj", "mlp.c_gate": "mlp.gate_proj", "mlp.c_up": "mlp.up_proj",
-               "mlp.c_down": "mlp.down_proj"}  # fmt: skip
 # What a configuration must say, or leave out: anything else would change the result.
 SUPPORTED = {"peft_type": ["LORA"], "bias": ["none"], "use_dora": [False], "use_rslora": [False, True]}
 SUPPORTED |= {key: [None, {}, []] for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication")}
@@ -34,8 +32,8 @@ SUPPORTED |= {key: [None, {}, []] for key in ("rank_pattern", "alpha_pattern", "
 
 def peft_name(name, is_llama):
     """ "blocks.0.attn.c_attn" -> "transformer.h.0.attn.c_attn", the name of a layer in transformers."""
-    _, i, layer = name.split(".", 2)
-    return f"model.layers.{i}.{LLAMA_NAMES[layer]}" if is_llama else f"transformer.h.{i}.{layer}"
+    path = name.split(".")
+    return f"model.{llama.hf_name(path)}" if is_llama else f"transformer.{hf_name(path)}"
 
 
 def checksum(params):
