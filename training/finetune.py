@@ -32,7 +32,7 @@ from training import labelled, tuning
 from weights.files import locked, new_folder, read_text, replacing, write_text
 
 # {method: (epochs, learning rate)} of classify, where the flags are left out
-CLASSIFY = {"head": (40, 3e-3), "last_block": (6, 1e-3), "all": (6, 5e-4), "lora": (8, 2e-3), "adapters": (8, 2e-3)}
+CLASSIFY = {"head": (40, 3e-3), "last_block": (4, 1e-3), "all": (4, 5e-4), "lora": (5, 2e-3), "adapters": (5, 2e-3)}
 INSTRUCT = {"all": (4, 1e-3), "last_block": (4, 1e-3), "lora": (4, 3e-3)}
 
 
@@ -52,7 +52,7 @@ def classify(data: str = "", *, model_size: str = "3M", out: str = "models/class
         train: what to train: head, last_block, all, lora or adapters
         train_only: train the new output layer and the names that this expression is found in: "blocks.[4-5].*|ln_f.*"
         balance: use only as many texts of each label as the rarest one has
-        n_epochs: how often to go through the texts; left out: 6 to 8, and 40 for head, which takes seconds
+        n_epochs: how often to go through the texts; left out: 4 or 5, and 40 for head, which takes seconds
         batch_size: texts for one step
         learning_rate: the peak, after a short warm-up; left out: 5e-4 to 3e-3, by --train
         weight_decay: how much a matrix is pulled towards 0, times the learning rate
