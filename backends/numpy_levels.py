@@ -149,7 +149,7 @@ def matmul(x, w):
     A tuple stands for a matrix that knows its own product, as a sum of several (training/lora.py)."""
     if isinstance(w, tuple):
         return w.__rmatmul__(x)
-    n_axes = getattr(w, "ndim", 2)  # ColumnMajor of numpy_layout.py has no ndim
+    n_axes = w.ndim
     if n_axes == 1:
         return (x @ w.reshape(-1, 1)).reshape(x.shape[:-1])
     if n_axes == 2 and x.ndim != 2:
