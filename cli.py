@@ -50,6 +50,20 @@ def unwind_on_ctrl_c():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@contextlib.contextmanager
+def noticing_ctrl_c():
+    """Yields a list that is empty until Ctrl-C, which in this block does nothing else; a second Ctrl-C ends the
+    process. For work that is done in steps and looks at the list after each."""
+    pressed, before = [], signal.getsignal(signal.SIGINT)
+    wakeup = signal.set_wakeup_fd(-1)  # else the thread of leave_on_ctrl_c would end the process
+    signal.signal(signal.SIGINT, lambda *_: leave() if pressed else pressed.append(True))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(wakeup)
+
+
 def run(main, program):
     """Runs `main`, a function or {command: function}, with this process's arguments, and ends the process.
 

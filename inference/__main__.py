@@ -10,6 +10,7 @@ import inspect
 import sys
 import time
 from json import dumps
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
@@ -19,30 +20,37 @@ import cli
 import utils
 from gpt2 import check_inputs
 from inference import batching, beam, sampling, trace
+from inference import chat as chats
 from inference import model as models
 from inference.generate import Sequence, generate
 from weights.files import read_text
 from weights.params import find_dtype, why_not_finite
 
 STOPPING = {"false": False, "true": True, "never": "never"}
+N_ANSWER = 512  # tokens of an answer of a chat model, which ends by itself, if nothing else is said
 MARK = "\ufeff"  # the byte order mark with which Windows begins a text file
 
 
+class LeftOut(int):
+    """The default of a number whose meaning depends on other flags. A number that the user gives is an int."""
+
+
 # fmt: off
-def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = "", models_dir: str = "",
+def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_size: str = "", models_dir: str = "",
          base_url: str = "", backend: str = "numpy", dtype: str = "float32", prompt_file: str = "",
          temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int | None = None,
          repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0, min_new_tokens: int = 0, bad_words: list = (),
          stop: list = (), stop_at_eos: bool | None = None, overflow: str = "error",
          num_samples: int = 1, batch: bool = False, num_beams: int = 1, length_penalty: float = 1.0,
-         early_stopping: str = "false", json: bool = False, trace: int = 0, adapter: str = ""):
+         early_stopping: str = "false", json: bool = False, trace: int = 0,
+         chat: bool = False, system: str = "", adapter: str = ""):
     # fmt: on
     """GPT-2 continues your text. The new text alone goes to stdout, as it is generated; all else to stderr.
 
     Args:
         prompt: the text to continue; without one (and without piped stdin) the model begins a text of its own
-        n_tokens_to_generate: how many tokens (parts of words) to add, at most n_ctx minus the prompt's
-        model_size: 124M, 355M, 774M, 1558M, 3M or a model folder; left out: 124M if it can be had, else 3M
+        n_tokens_to_generate: how many tokens (parts of words) to add, up to n_ctx minus the prompt's; with --chat: 512
+        model_size: 124M, 355M, 774M, 1558M, 3M, smollm2, owner/name, a folder or file; left out: 124M, or else 3M
         models_dir: where the folders of models are; left out: models/ beside gpt2.py
         base_url: where to download from; left out: the environment's GPT2_BASE_URL, or OpenAI's address
         backend: numpy, or jax (compiled, and on an accelerator if there is one)
@@ -66,18 +74,28 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         length_penalty: for beams, -10 to 10: above 0 favours long texts; 1: the mean log-probability
         early_stopping: for beams: false, true or never: when enough have ended (inference/beam.py)
         json: a JSON object a line: prompt, text, token_ids, log_probabilities (score), stop_reason, seconds
+        chat: the prompt is a message, and the model answers; without one, on a terminal, it is a conversation
+        system: with --chat: what the model is to know or to do in all answers
         trace: show this many candidates for each token on stderr, up to 20; 0: off
         adapter: a folder with a LoRA for this model, made by training.finetune or by peft
     """
     flags = SimpleNamespace(**locals())
     flags.stop, flags.bad_words = as_texts(stop), as_texts(bad_words)
+    if chat and isinstance(n_tokens_to_generate, LeftOut):
+        flags.n_tokens_to_generate = LeftOut(N_ANSWER)
     check(flags)
     find_dtype(dtype)
     device = backends.get(backend).setup(dtype)
     prompts = read_prompts(flags)
-    tokenizer, model = models.load(model_size, models_dir, base_url, backend, dtype, adapter)
+    if chat:  # the template first: a model that has none is not loaded
+        flags.model_size = str(utils.choose_model(model_size, models_dir, base_url).resolve())
+        flags.template = chats.load_template(Path(flags.model_size))
+    tokenizer, model = models.load(flags.model_size, models_dir, base_url, backend, dtype, adapter)
+    if is_conversation(flags):
+        start = chats.Conversation(model, tokenizer, flags.template, system)
+        return chats.converse(start, functools.partial(make_answer, flags, tokenizer, model))
     sequences = make_sequences(flags, tokenizer, model, prompts)
-    if any(prompt.endswith(" ") for prompt in prompts):
+    if not chat and any(prompt.endswith(" ") for prompt in prompts):
         print("hint: a prompt ends in a space, which belongs to the next token: leave it out", file=sys.stderr)
     if backend != "numpy":
         print(device, file=sys.stderr)
@@ -137,6 +155,11 @@ def rules(f):
         yield not beams and name in is_set, f"--{name} has no effect without --num_beams"
     yield cold and f.seed is not None, "--seed has no effect at --temperature 0: set --temperature too"
     yield cold and f.num_samples > 1, "--num_samples are all the same at --temperature 0: set --temperature too"
+    yield f.system and not f.chat, "--system has no effect without --chat"
+    yield f.chat and "stop_at_eos" in is_set, "an answer always ends at the model's end ids: leave out --stop_at_eos"
+    yield f.chat and "overflow" in is_set, "--overflow would cut off the beginning of the messages: leave it out"
+    for name in ("json", "trace", "num_samples", "num_beams"):
+        yield is_conversation(f) and name in is_set, f"--{name} is for one message: give it as the prompt"
     for name in ("trace", "overflow"):
         yield name in is_set and (beams or several), f"--{name} is for one text that is not searched by beams"
 
@@ -157,11 +180,18 @@ def read_prompts(flags):
         raise ValueError("a prompt and --prompt_file are two prompts: give one")
     source = flags.prompt_file or ("-" if not flags.prompt and cli.stdin_is_piped() else "")
     prompt = read_prompt_file(source) if source else flags.prompt
+    if flags.chat and not prompt.strip() and not is_conversation(flags):
+        raise ValueError("--chat needs a message: give it as the prompt, or start this on a terminal")
     if not flags.batch:
         return [prompt] * flags.num_samples
     if not prompt:
         raise ValueError(f"--prompt_file {flags.prompt_file}: no lines")
     return [line.removesuffix("\r") for line in prompt.split("\n")]
+
+
+def is_conversation(flags):
+    """Whether messages are typed on a terminal, one after the other."""
+    return flags.chat and not flags.prompt and not flags.prompt_file and sys.stdin is not None and sys.stdin.isatty()
 
 
 def read_prompt_file(path):
@@ -178,23 +208,53 @@ def read_prompt_file(path):
 
 def make_sequences(flags, tokenizer, model, prompts):
     """A Sequence for each prompt. Raises ValueError if one is too long for n_ctx, unless --overflow is slide."""
-    words = [space + word.strip() for word in flags.bad_words for space in ("", " ")]
-    params = sampling_params(
-        flags, bad_words=tuple(tuple(tokenizer.encode(word)) for word in words), end_ids=model.end_ids,
-        banned=utils.ids_without_token(tokenizer, model.n_vocab, model.end_ids),
-    )  # fmt: skip
-    stops = model.stop_at_eos if flags.stop_at_eos is None else flags.stop_at_eos
-    settings = {"end_ids": model.end_ids if stops else (), "stop": flags.stop, "keep_log_probabilities": flags.json}
-    sequences = []
+    make, sequences = sequence_maker(flags, tokenizer, model), []
     for i, prompt in enumerate(prompts):
-        ids, n_new, seed = utils.first_ids(tokenizer, prompt), flags.n_tokens_to_generate, flags.seed
+        ids = prompt_ids(flags, tokenizer, prompt)
+        n_new = n_answer(flags, model, ids)
         if flags.overflow == "error":
             try:
                 check_inputs(ids, n_new, model.n_vocab, model.n_ctx)
             except ValueError as error:
                 raise ValueError(f"line {i + 1}: {error}" if flags.batch else str(error)) from None
-        sequences.append(Sequence(tokenizer, ids, n_new, params, seed=None if seed is None else seed + i, **settings))
+        sequences.append(make(ids, n_new, i))
     return sequences
+
+
+def prompt_ids(flags, tokenizer, prompt):
+    """The ids of a prompt; with --chat, of the prompt as a message."""
+    if not flags.chat:
+        return utils.first_ids(tokenizer, prompt)
+    return flags.template.encode(tokenizer, chats.as_messages(prompt, flags.system))
+
+
+def n_answer(flags, model, ids):
+    """The number of tokens to generate: what the flag says, or for an answer what n_ctx leaves of N_ANSWER."""
+    n_new = flags.n_tokens_to_generate
+    return max(1, min(n_new, model.n_ctx - len(ids))) if isinstance(n_new, LeftOut) and flags.chat else n_new
+
+
+def make_answer(flags, tokenizer, model, ids):
+    """The Sequence of an answer in a conversation, where what n_ctx leaves is always the limit."""
+    n_new = min(flags.n_tokens_to_generate, model.n_ctx - len(ids))
+    return sequence_maker(flags, tokenizer, model)(ids, n_new, 0)
+
+
+def sequence_maker(flags, tokenizer, model):
+    """(ids, number of new tokens, its place among several) -> a Sequence, as the flags say."""
+    words = [space + word.strip() for word in flags.bad_words for space in ("", " ")]
+    params = sampling_params(
+        flags, bad_words=tuple(tuple(tokenizer.encode(word)) for word in words), end_ids=model.end_ids,
+        banned=utils.ids_without_token(tokenizer, model.n_vocab, model.end_ids),
+    )  # fmt: skip
+    stops = flags.chat or (model.stop_at_eos if flags.stop_at_eos is None else flags.stop_at_eos)
+    settings = {"end_ids": model.end_ids if stops else (), "stop": flags.stop, "keep_log_probabilities": flags.json}
+
+    def make(ids, n_new, i):
+        seed = None if flags.seed is None else flags.seed + i
+        return Sequence(tokenizer, ids, n_new, params, seed=seed, **settings)
+
+    return make
 
 
 # ---- From sequences to text ----
@@ -227,6 +287,8 @@ def stream(flags, model, sequence):
             print(*trace.lines(sequence, flags.trace, n_step, rich=sys.stderr.isatty()), sep="\n", file=sys.stderr)
         if is_streamed(flags):
             print(piece, end="", flush=True)
+    if flags.chat:
+        chats.hint_if_cut(sequence, model.n_ctx)
 
 
 def search(flags, model, prompts, sequences):
