@@ -81,8 +81,8 @@ def classify(data: str = "", *, model_size: str = "3M", out: str = "models/class
         """The base model is written once; later, only the file with what was trained is replaced."""
         with contextlib.nullcontext(out) if out.exists() else new_folder(out) as part:
             if part != out:
-                utils.save_tokenizer(folder, part, ["tf"])
-                utils.save_model(part, hparams, params, ["tf"], ending=utils.read_ending(folder, encoder, hparams))
+                utils.save_tokenizer(folder, part, ["hf"])
+                utils.save_model(part, hparams, params, ["hf"], ending=utils.read_ending(folder, encoder, hparams))
             classifiers.save(part, trained, labels, scale, evaluation)
 
     with locked(out):
