@@ -145,7 +145,10 @@ def split(x, parts, axis=0):
 
 
 def matmul(x, w):
-    """Makes it a product of matrices: a vector is one row or one column; many rows times one matrix are one product."""
+    """Makes it a product of matrices: a vector is one row or one column; many rows times one matrix are one product.
+    A tuple stands for a matrix that knows its own product, as a sum of several (training/lora.py)."""
+    if isinstance(w, tuple):
+        return w.__rmatmul__(x)
     n_axes = w.ndim
     if n_axes == 1:
         return (x @ w.reshape(-1, 1)).reshape(x.shape[:-1])

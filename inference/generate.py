@@ -25,14 +25,15 @@ class Sequence:
     finish_reason       None until it ends; "length" (n_tokens_to_generate new tokens), "end_of_text" (one of end_ids
                         was chosen), "stop" (one of the stop texts appeared) or "n_ctx" (the context is full)
     logits, chosen      the model's logits for the newest token, before any processor, and the id that was chosen
+    adapter             the name of one of the adapters of a Batch, or None: see batching.py
     log_probabilities   of the new tokens by the model (natural logarithms, before any processor), or None if not kept
     """
 
     def __init__(self, tokenizer, inputs, n_tokens_to_generate, sampling_params=sampling.GREEDY, *, end_ids=(), stop=(),
-                 seed=None, keep_log_probabilities=False):  # fmt: skip
+                 seed=None, keep_log_probabilities=False, adapter=None):  # fmt: skip
         self.tokenizer, self.ids, self.new_ids = tokenizer, list(inputs), []
         self.logits = self.chosen = None
-        self.sampling_params, self.end_ids = sampling_params, set(end_ids)
+        self.sampling_params, self.end_ids, self.adapter = sampling_params, set(end_ids), adapter
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
         self.n_tokens_to_generate = n_tokens_to_generate
         self.finish_reason = None if n_tokens_to_generate else "length"

@@ -15,6 +15,7 @@ import numpy
 
 import backends
 import utils
+from training import lora
 from weights.params import architecture, cast
 
 ARCHITECTURES = {"gpt2": "inference.kv_cache", "llama": "variants.llama"}  # the module that computes each
@@ -45,15 +46,17 @@ class Model(NamedTuple):
     backend: Any
 
 
-def load(model_size="", models_dir=None, base_url=None, backend="numpy", dtype="float32"):
+def load(model_size="", models_dir=None, base_url=None, backend="numpy", dtype="float32", adapter=""):
     """(tokenizer, Model) of a model by its name.
 
+    `adapter` is a folder with a LoRA (weights/peft.py), which is merged into the weights.
     Without a name it is 124M, or 3M, which comes with this repository, if 124M cannot be had. Raises ValueError and
     OSError as utils.load_encoder_hparams_and_params does, for an unknown backend and for an unknown dtype.
     """
     library = backends.get(backend)
     folder = utils.choose_model(model_size, models_dir, base_url)
     tokenizer, hparams, params = utils.load_folder(folder)
+    params = lora.merge_folder(params, adapter) if adapter else params
     params = library.prepare(cast(params, dtype))  # the same name, so that no variable keeps the old arrays in memory
     return tokenizer, make_model(params, hparams, library, *utils.read_ending(folder, tokenizer, hparams))
 

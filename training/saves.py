@@ -20,22 +20,17 @@ import numpy as np
 
 from utils import save_model
 from weights.files import replacing, write_text
-from weights.params import flatten
+from weights.params import named_leaves
 
 
 def save_run(folder, step, state, counters):
     """Saves a run after `step` steps: `state`, a tree of NumPy arrays, and `counters`, a dict that JSON can hold.
     Deletes all saves but the last two."""
-    arrays = {array_name(path): array for path, array in flatten(state).items()}
+    arrays = named_leaves(state)
     with replacing(Path(folder) / f"training-{step}.npz") as part, open(part, "wb") as file:
         np.savez(file, counters=json.dumps(counters), **arrays)
     for old in saved_steps(folder)[:-2]:
         (Path(folder) / f"training-{old}.npz").unlink()
-
-
-def array_name(path):
-    """The name of an array in the file: ("mean", "blocks", 0, "ln_1", "g") -> "mean.blocks.0.ln_1.g" """
-    return ".".join(map(str, path))
 
 
 def save_best(folder, step, hparams, params, ending=None):
@@ -55,7 +50,7 @@ def saved_steps(folder):
 
 
 def load_run(folder):
-    """({array_name: array}, counters) of the last save. Raises ValueError if there is none, OSError if the file is
+    """({name: array}, counters) of the last save. Raises ValueError if there is none, OSError if the file is
     damaged."""
     if not (steps := saved_steps(folder)):
         raise ValueError(f"{folder} has no run to resume: leave out --resume to start one")
