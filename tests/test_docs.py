@@ -152,7 +152,8 @@ def test_shown_code_runs(code):
 
 def test_shown_code_prints_what_is_shown(capsys):
     oracle("gguf")
-    shown = re.findall(r"```python\n(.*?)```\n\n<!-- output of the code above -->\n```\n(.*?)```", ALL, flags=re.DOTALL)
+    block = r"((?:(?!```).)*)```"
+    shown = re.findall(rf"```python\n{block}\n\n<!-- output of the code above -->\n```\n{block}", ALL, flags=re.DOTALL)
     assert shown
     for code, expected in shown:
         exec(code, {})
