@@ -14,7 +14,7 @@ from inference import chat
 from weights.download import SHA256, digest
 from weights.files import locked, new_folder
 from weights.params import architecture, not_finite
-from weights.tensorflow import damages, latest_checkpoint
+from weights.tensorflow import file_damages, latest_checkpoint
 
 
 def verify(model_size: str = utils.SIZES[0], models_dir: str = ""):
@@ -39,7 +39,7 @@ def problems(folder, sha256):
                 yield f"{folder / name}: not OpenAI's file, its SHA-256 should be {expected}"
         if folder.is_dir() and not utils.is_hf_folder(folder):
             prefix = latest_checkpoint(folder / "checkpoint")
-            lines = list(damages(f"{prefix}.index", f"{prefix}.data-00000-of-00001"))
+            lines = list(file_damages(f"{prefix}.index", f"{prefix}.data-00000-of-00001"))
             yield from lines
             if lines:
                 return
