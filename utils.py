@@ -81,7 +81,7 @@ def load_params(folder, hparams):
 
 def choose_model(model_size="", models_dir=None, base_url=None):
     """The folder of a model for a program. If no size is named, that is 124M; and if 124M is neither on disk nor
-    reachable, it is the embedded model, and one line on stderr says so."""
+    reachable, it is 3M, the model that comes with this repository, and one line on stderr says so."""
     try:
         return find_model(model_size or SIZES[0], models_dir, base_url)
     except OSError as error:

@@ -15,7 +15,7 @@ import itertools
 import math
 import operator
 
-import numpy
+import numpy  # NumPy itself; np, below, follows its arguments
 
 from backends import np, update
 
@@ -161,7 +161,7 @@ def matmul(x, w):
 
 def take_along_axis(x, indices, axis):
     """x[index], where all axes but one are read in step with the indices."""
-    index = [numpy.arange(n).reshape(-1, *[1] * (x.ndim - 1 - i)) for i, n in enumerate(x.shape)]
+    index = [*numpy.indices(x.shape, sparse=True)]  # arange(n) along each axis
     index[axis] = indices
     return call("getitem", x, tuple(index))
 

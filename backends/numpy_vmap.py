@@ -17,7 +17,7 @@ indexed by a tracer. An operation without a rule is refused.
 
 import functools
 
-import numpy
+import numpy  # NumPy itself; np, below, follows its arguments
 from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
 
 from backends import np

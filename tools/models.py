@@ -13,7 +13,7 @@ import utils
 from weights.download import SHA256, digest
 from weights.files import locked, new_folder
 from weights.params import architecture, not_finite
-from weights.tensorflow import damages, latest_checkpoint
+from weights.tensorflow import file_damages, latest_checkpoint
 
 
 def verify(model_size: str = utils.SIZES[0], models_dir: str = ""):
@@ -38,7 +38,7 @@ def problems(folder, sha256):
                 yield f"{folder / name}: not OpenAI's file, its SHA-256 should be {expected}"
         if not utils.is_hf_folder(folder):
             prefix = latest_checkpoint(folder / "checkpoint")
-            lines = list(damages(f"{prefix}.index", f"{prefix}.data-00000-of-00001"))
+            lines = list(file_damages(f"{prefix}.index", f"{prefix}.data-00000-of-00001"))
             yield from lines
             if lines:
                 return

@@ -1,9 +1,10 @@
 """The forward pass of training: the layers of gpt2.py, or of variants/llama.py, in the same order, with dropout between
 them.
 
-It differs from gpt2.gpt2 in two places. Dropout sets some activations to 0, so that the model does not learn its texts
-by heart. And attention skips most of the scores that the causal mask hides: the backward pass keeps and goes through
-everything that the forward pass computed, so leaving something out saves time and memory twice.
+It differs from gpt2.gpt2 in two places. Dropout sets some activations (the numbers that pass from layer to layer) to 0,
+so that the model does not learn its texts by heart. And attention skips most of the scores that the causal mask hides:
+the backward pass needs all results of the forward pass, and computes a gradient for each, so a result that is left out
+saves time and memory in both.
 
     forward = forward_of(hparams)                    the one place in training/ that knows architectures
     logits = forward(params, inputs)                 [n_seq] -> [n_seq, n_vocab], without dropout
@@ -14,7 +15,7 @@ import functools
 import itertools
 import math
 
-import numpy
+import numpy  # NumPy itself; np, below, follows its arguments
 
 import gpt2
 from backends import np
@@ -130,7 +131,7 @@ def forward_of(hparams):
 def dropout(rate, key):
     """A function of x, [n_seq, n_embd], that sets each number to 0 with probability `rate` and divides the others by
     1 - rate, so that the mean stays as it was (Srivastava et al. 2014, section 10). Any number may be missing, so the
-    model cannot come to depend on a particular pair of numbers. Each call draws anew; key is one row of
+    model cannot come to depend on a particular pair of numbers. Each call draws other numbers; key is one row of
     dropout_keys."""
     if rate == 0:
         return lambda x: x

@@ -24,8 +24,8 @@ from weights.params import named_leaves
 
 
 def save_run(folder, step, state, counters):
-    """Saves a run after `step` steps: `state`, a tree of NumPy arrays, and `counters`, what JSON can hold. Deletes all
-    but the last two."""
+    """Saves a run after `step` steps: `state`, a tree of NumPy arrays, and `counters`, a dict that JSON can hold.
+    Deletes all saves but the last two."""
     arrays = named_leaves(state)
     with replacing(Path(folder) / f"training-{step}.npz") as part, open(part, "wb") as file:
         np.savez(file, counters=json.dumps(counters), **arrays)
@@ -34,8 +34,8 @@ def save_run(folder, step, state, counters):
 
 
 def save_best(folder, step, hparams, params, ending=None):
-    """Writes the model that `folder` is loaded as from now on. The one before it is kept: another process may be
-    loading it."""
+    """Writes the model that is loaded from `folder` from now on. The one before it is kept, because another process may
+    be loading it."""
     save_model(folder, hparams, params, name=f"model.ckpt-{step}", ending=ending)
     found = {int(match[1]) for path in Path(folder).iterdir() if (match := re.search(r"\.ckpt-(\d+)\.", path.name))}
     for old in sorted(found - {step})[:-1]:
@@ -98,13 +98,10 @@ def rewind_metrics(folder, step):
 
 def draw_losses(folder, path):
     """Draws the losses of metrics.jsonl over steps, with tokens along the top, into the file `path`."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = read_metrics(folder)
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    lines, figure = read_metrics(folder), Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
     for name, color in (("loss", "#cccccc"), ("train", "#4477aa"), ("validation", "#cc6677")):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
@@ -116,4 +113,3 @@ def draw_losses(folder, path):
         tokens.set_xlabel("tokens, millions")
     axis.legend()
     figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)

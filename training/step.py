@@ -17,7 +17,7 @@ import functools
 import math
 import sys
 
-import numpy
+import numpy  # NumPy itself; np, below, follows its arguments
 
 from backends import np
 from training import optimizer
@@ -98,10 +98,10 @@ def make_step(library, loss_of, micro_batch_size, seed=0, clip=1.0, **adamw_sett
     of arrays [n_batch, ...] if that is what loss_of takes.
 
     The batch passes through the model in micro-batches, and their gradients are added up: the same result as all at
-    once, but the memory for the activations of one micro-batch is enough (gradient accumulation). On a CPU it is also
-    faster, because the activations of few rows fit into its cache.
+    once, but with memory for the activations (the results of all layers, which backpropagation needs) of one
+    micro-batch only (gradient accumulation). On a CPU it is also faster, because the activations of few rows fit into
+    its cache.
     """
-
     gradient_of = library.value_and_grad(loss_of)
 
     @functools.partial(library.jit, donate_argnums=0)

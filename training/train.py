@@ -38,7 +38,7 @@ from weights.files import locked, new_folder, replacing
 from weights.params import flatten, leaf_name, tree_map, unflatten
 
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 192, "n_ctx": 256}
-# Not compared on --resume. The sizes are compared as hparams.
+# Settings that --resume may change. The sizes are compared too, as hparams.
 FREE = ("data", "out", "n_steps", "patience", "resume", "architecture", "n_head_kv", *SIZES)
 N_EVALUATED = 65_536  # tokens of each part of the data, at most, for an evaluation
 
@@ -71,7 +71,7 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
         beta2: how slowly AdamW forgets squared gradients, 0 to less than 1; 0.95 to 0.999 is usual
         weight_decay: how much a matrix is pulled towards 0, times the learning rate
         clip: the largest norm of a gradient; a larger one is scaled down to it
-        dropout: the share of activations to set to 0 while training, 0 to less than 1
+        dropout: the share of the numbers between layers to set to 0 while training, 0 to less than 1
         dtype: float32, or bfloat16 with float32 master weights
         eval_every: steps from one evaluation, sample and save to the next
         patience: stop after so many evaluations without a lower validation loss; 0: never
@@ -82,7 +82,7 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
     """
     settings = SimpleNamespace(**locals())
     settings.backend = backend or ("jax" if importlib.util.find_spec("jax") else "numpy")
-    check(settings)
+    cli.check(rules(settings))
     print(backends.get(settings.backend).setup(dtype), file=sys.stderr)
     try:
         with locked(out):
@@ -98,15 +98,8 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
         raise MemoryError("try a smaller --micro_batch_size (the same result), --n_ctx or --n_embd") from None
 
 
-def check(settings):
-    """Raises ValueError for a value out of its range, and for a flag that has no effect beside another."""
-    for wrong, message in faults(settings):
-        if wrong:
-            raise ValueError(message)
-
-
-def faults(s):
-    """Pairs (whether settings s have this fault, its message)."""
+def rules(s):
+    """Yields (whether the settings break a rule, the message), for cli.check."""
     sizes = [name for name in SIZES if getattr(s, name) is not None]
     yield not s.data, "name the folder that python -m training.data made"
     for name in (*sizes, "n_steps", "batch_size", "eval_every"):
