@@ -305,12 +305,12 @@ def test_jax_compiles_three_programs_before_the_third_token(golden, monkeypatch)
     """One for the prompt, one for a draft, and one for a single token, which comes when the first guess is wrong."""
     traced, forward = [], kv_cache.forward
     monkeypatch.setattr(kv_cache, "forward", lambda *a, **k: traced.append(len(a[1])) or forward(*a, **k))
-    kv_cache.compiled.cache_clear()
+    kv_cache.forward_on.cache_clear()
     model, seen = model_of(golden["params"], golden["hparams"]["n_head"], "jax"), []
     sequence = Sequence(golden["encoder"], [5, 6, 7] * 3, 60)
     for _ in speculative.generate(model, sequence, Lookup()):
         seen.append([*traced])
-    kv_cache.compiled.cache_clear()
+    kv_cache.forward_on.cache_clear()
     assert seen[1] == [16, 8]
     assert sorted(seen[-1]) == [1, 8, 16]
 
