@@ -280,7 +280,7 @@ RULES = {
     **dict.fromkeys(ELEMENTWISE.split(), elementwise),
     **dict.fromkeys(["sum", "max", "min", "any", "all", "flip"], along),
     **dict.fromkeys(["argmax", "argmin", "cumsum"], along_one),
-    **dict.fromkeys(["sort", "argsort"], lambda f, x, axis=-1: along_one(f, x, axis)),
+    **dict.fromkeys(["sort", "argsort"], lambda f, x, axis=-1, **kwargs: along_one(f, x, axis, **kwargs)),
     **dict.fromkeys(["isin", "searchsorted"], row_by_row),
     **{rule.__name__: rule for rule in (reshape, swapaxes, transpose, broadcast_to, concatenate, matmul)},
     **{rule.__name__: rule for rule in (getitem, scatter, update)},
