@@ -147,10 +147,10 @@ def repeat(x, n_batch):
 
 
 def ndim(x):
-    """The number of axes that f sees."""
+    """The number of axes that f sees; 0 for a number, and for a dtype (numpy.float32.ndim is no number)."""
     if isinstance(x, Rows):
         return x.array.ndim - 1
-    return 0 if isinstance(x, (int, float)) else numpy.ndim(x)
+    return 0 if isinstance(x, (int, float, type)) else numpy.ndim(x)
 
 
 def align(x, n):
