@@ -131,10 +131,10 @@ class DraftModel(Drafter):
         return int(sampling.draw(q, coin)), q
 
 
-def load_draft_model(model_size, tokenizer, model, seed=None, **settings):
-    """The DraftModel for `model` that inference.model.load finds. Raises as that does, and ValueError if its tokens are
-    not those of `tokenizer`."""
-    draft_tokenizer, draft_model = load(model_size, **settings)
+def load_draft_model(tokenizer, model, seed, model_size, *where):
+    """The DraftModel for `model` that inference.model.load(model_size, *where) finds. Raises as that does, and
+    ValueError if its tokens are not those of `tokenizer`."""
+    draft_tokenizer, draft_model = load(model_size, *where)
     if draft_tokenizer.ids != tokenizer.ids:
         raise ValueError(f"--draft_model {model_size} has another tokenizer than the model: it needs the same")
     return DraftModel(draft_model, model, seed)
