@@ -19,7 +19,7 @@ import backends
 import cli
 import utils
 from gpt2 import check_inputs
-from inference import batching, beam, sampling, trace
+from inference import batching, beam, sampling, speculative, trace
 from inference import chat as chats
 from inference import model as models
 from inference.generate import Sequence, generate
@@ -42,8 +42,8 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_siz
          repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0, min_new_tokens: int = 0, bad_words: list = (),
          stop: list = (), stop_at_eos: bool | None = None, overflow: str = "error",
          num_samples: int = 1, batch: bool = False, num_beams: int = 1, length_penalty: float = 1.0,
-         early_stopping: str = "false", json: bool = False, trace: int = 0,
-         chat: bool = False, system: str = ""):
+         early_stopping: str = "false", draft: str = "", draft_model: str = "", json: bool = False, trace: int = 0,
+         chat: bool = False, system: str = "", adapter: str = ""):
     # fmt: on
     """GPT-2 continues your text. The new text alone goes to stdout, as it is generated; all else to stderr.
 
@@ -73,27 +73,33 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_siz
         num_beams: search for the likeliest text with this many beams, up to 1024; 1: off
         length_penalty: for beams, -10 to 10: above 0 favours long texts; 1: the mean log-probability
         early_stopping: for beams: false, true or never: when enough have ended (inference/beam.py)
+        draft: lookup: guess tokens from the text itself and check several at once: faster, the same text
+        draft_model: a smaller model with the same tokenizer, such as 124M beside 1558M, that guesses tokens
         json: a JSON object a line: prompt, text, token_ids, log_probabilities (score), stop_reason, seconds
+        trace: show this many candidates for each token on stderr, up to 20; 0: off
         chat: the prompt is a message, and the model answers; without one, on a terminal, it is a conversation
         system: with --chat: what the model is to know or to do in all answers
-        trace: show this many candidates for each token on stderr, up to 20; 0: off
+        adapter: a folder with a LoRA for this model, made by training.finetune or by peft
     """
     flags = SimpleNamespace(**locals())
     flags.stop, flags.bad_words = as_texts(stop), as_texts(bad_words)
     if chat and isinstance(n_tokens_to_generate, LeftOut):
         flags.n_tokens_to_generate = LeftOut(N_ANSWER)
-    check(flags)
+    cli.check(rules(flags))
+    sampling.check(sampling_params(flags))
     find_dtype(dtype)
     device = backends.get(backend).setup(dtype)
     prompts = read_prompts(flags)
     if chat:  # the template first: a model that has none is not loaded
         flags.model_size = str(utils.choose_model(model_size, models_dir, base_url).resolve())
         flags.template = chats.load_template(Path(flags.model_size))
-    tokenizer, model = models.load(flags.model_size, models_dir, base_url, backend, dtype)
+    tokenizer, model = models.load(flags.model_size, models_dir, base_url, backend, dtype, adapter)
     if is_conversation(flags):
         start = chats.Conversation(model, tokenizer, flags.template, system)
         return chats.converse(start, functools.partial(make_answer, flags, tokenizer, model))
     sequences = make_sequences(flags, tokenizer, model, prompts)
+    of_draft = tokenizer, model, seed, draft_model, models_dir, base_url, backend, dtype
+    flags.drafter = speculative.load_draft_model(*of_draft) if draft_model else speculative.Lookup() if draft else None
     if not chat and any(prompt.endswith(" ") for prompt in prompts):
         print("hint: a prompt ends in a space, which belongs to the next token: leave it out", file=sys.stderr)
     if backend != "numpy":
@@ -103,7 +109,8 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_siz
         with numpy.errstate(all="ignore"):  # what is not finite is reported below
             results = (search if num_beams > 1 else sample)(flags, model, prompts, sequences)
     except FloatingPointError as error:
-        raise OSError(f"{error}: {why_not_finite(model.params, dtype)}") from None
+        params = model.params | ({"draft_model": flags.drafter.model.params} if draft_model else {})
+        raise OSError(f"{error}: {why_not_finite(params, dtype)}") from None
     seconds = {"seconds": round(time.perf_counter() - started, 4)}
     if json:
         print("\n".join(dumps(result | seconds, ensure_ascii=False) for result in results))
@@ -119,16 +126,9 @@ def as_texts(texts):
 # ---- The rules for flags ----
 
 
-def check(flags):
-    """Raises ValueError for a value that is out of range, and for a flag that has no effect beside another."""
-    for broken, message in rules(flags):
-        if broken:
-            raise ValueError(message)
-    sampling.check(sampling_params(flags))
-
-
 def rules(f):
-    """Yields (whether the flags break a rule, the message): first the rules for one flag, then those for several."""
+    """Yields (whether the flags break a rule, the message), for cli.check: first the rules for one flag, then those
+    for several. sampling.check has further ones."""
     yield not 1 <= f.num_samples <= 1024, f"--num_samples {f.num_samples} is out of range: 1 to 1024"
     yield not 1 <= f.num_beams <= 1024, f"--num_beams {f.num_beams} is out of range: 1 (off) to 1024"
     yield f.trace > 20, f"--trace {f.trace} is out of range: 0 (off) to 20 candidates"
@@ -157,9 +157,11 @@ def rules(f):
     yield f.system and not f.chat, "--system has no effect without --chat"
     yield f.chat and "stop_at_eos" in is_set, "an answer always ends at the model's end ids: leave out --stop_at_eos"
     yield f.chat and "overflow" in is_set, "--overflow would cut off the beginning of the messages: leave it out"
-    for name in ("json", "trace", "num_samples", "num_beams"):
+    for name in ("json", "trace", "num_samples", "num_beams", "draft", "draft_model"):
         yield is_conversation(f) and name in is_set, f"--{name} is for one message: give it as the prompt"
-    for name in ("trace", "overflow"):
+    yield f.draft not in ("", "lookup"), f"--draft {f.draft!r}: choose lookup, or name a model with --draft_model"
+    yield f.draft and f.draft_model, "--draft and --draft_model both guess tokens: choose one"
+    for name in ("trace", "overflow", "draft", "draft_model"):
         yield name in is_set and (beams or several), f"--{name} is for one text that is not searched by beams"
 
 
@@ -267,7 +269,8 @@ def sample(flags, model, prompts, sequences):
         stream(flags, model, *sequences)
     return [
         {"prompt": prompt, "text": sequence.text, "token_ids": sequence.new_ids,
-         "log_probabilities": sequence.log_probabilities, "stop_reason": sequence.finish_reason}
+         "log_probabilities": sequence.log_probabilities, "stop_reason": sequence.finish_reason,
+         **({"accepted_per_step": flags.drafter.accepted_per_step} if flags.drafter else {})}
         for prompt, sequence in zip(prompts, sequences, strict=True)
     ]  # fmt: skip
 
@@ -281,7 +284,9 @@ def stream(flags, model, sequence):
     """Generates one sequence. Prints the pieces of the text, or the lines of --trace, as they are generated."""
     note = "the text has outgrown n_ctx: from here on the model sees the last part of it only"
     notice = functools.cache(lambda: print(note, file=sys.stderr))  # cached, so it prints once
-    for n_step, piece in enumerate(generate(model, sequence, notice if flags.overflow == "slide" else None), 1):
+    run = functools.partial(speculative.generate, drafter=flags.drafter) if flags.drafter else generate
+    pieces = run(model, sequence, overflow=notice if flags.overflow == "slide" else None)
+    for n_step, piece in enumerate(pieces, 1):
         if flags.trace and sequence.finish_reason != "n_ctx":
             print(*trace.lines(sequence, flags.trace, n_step, rich=sys.stderr.isatty()), sep="\n", file=sys.stderr)
         if is_streamed(flags):
@@ -295,7 +300,8 @@ def search(flags, model, prompts, sequences):
     (prompt,), (sequence,) = prompts, sequences
     found = beam.search(
         model, sequence.ids, flags.n_tokens_to_generate, flags.num_beams, length_penalty=flags.length_penalty,
-        early_stopping=STOPPING[flags.early_stopping.lower()], end_ids=sequence.end_ids, params=sequence.params,
+        early_stopping=STOPPING[flags.early_stopping.lower()], end_ids=sequence.end_ids,
+        sampling_params=sequence.sampling_params,
     )  # fmt: skip
     return [
         {"prompt": prompt, "text": sequence.tokenizer.decode(hypothesis.ids), "token_ids": hypothesis.ids,

@@ -19,6 +19,10 @@ A server adds three things, each an argument of Batch:
     capacities   the cache is only as long as the longest sequence at the moment: each step reads all of it
     n_kept       caches of sequences that have ended are kept. A prompt that begins as one of them does, such as the
                  next turn of a conversation, continues from a copy.
+
+Fine-tunes of one model can share a batch: Batch(..., adapters={"poet": leaves}) and Sequence(..., adapter="poet"). The
+weights of the base model are read once for all slots. LoRA's small matrices are stacked side by side, and each slot
+uses its own columns of them (training/lora.py; Chen et al. 2023, "Punica: Multi-Tenant LoRA Serving").
 """
 
 import collections
@@ -27,109 +31,72 @@ import itertools
 
 import numpy
 
-from backends import np, update
 from inference.model import forward, n_positions, step
+from inference.slot_caches import capacity, compiled, read_row, reorder, repeat, resize, write_row
+from training import lora
 from weights.params import tree_map
+
+
+def adapted(forward):
+    """forward for params with one of several adapters: `chosen` is its number, 0 for none."""
+
+    def step(params, adapters, tokens, cache, position, last, chosen):
+        return forward(lora.choose(params, adapters, chosen), tokens, cache, position, last)
+
+    return step
+
+
+@functools.lru_cache
+def alone(forward, library):
+    """adapted(forward), compiled for one sequence."""
+    return library.jit(adapted(forward), donate_argnums=(3,))
 
 
 @functools.lru_cache
 def batched(forward, library):
-    """model.forward for a batch: the same params for all; tokens, cache, position and last for each slot."""
-    return library.tune(library.jit(library.vmap(forward, in_axes=(None, 0, 0, 0, 0)), donate_argnums=(2,)))
+    """adapted(forward) for a batch: the same params and adapters for all; for each slot tokens, cache, position, last
+    and chosen."""
+    step = library.vmap(adapted(forward), in_axes=(None, None, 0, 0, 0, 0, 0))
+    return library.tune(library.jit(step, donate_argnums=(3,)))
 
 
-def init_caches(model, n_slots, n_tokens):
-    """An empty cache for each slot, of at least n_tokens. Every slot reads its whole cache in each step, so a short one
-    is shorter than that of one sequence."""
-    return repeat(model.init_cache(model.params, capacity(model, n_tokens)), n_slots)
-
-
-def capacity(model, n_tokens):
-    """The number of positions of a batch's cache that needs n_tokens."""
-    return min(model.n_ctx, model.backend.bucket_length(n_tokens), model.backend.cache_capacity(n_tokens))
-
-
-def capacities(model, n_tokens):
-    """Few numbers of positions up to n_tokens: 64, 128, 256, ... A cache of one of these lengths is at most twice as
-    long as needed, and on JAX each length is a program."""
-    longest = capacity(model, n_tokens)
-    return (*itertools.takewhile(lambda n: n < longest, (64 << i for i in itertools.count())), longest)
-
-
-def step_batch(model, tokens, cache, positions):
+def step_batch(model, tokens, cache, positions, adapters=None, chosen=None):
     """inference.model.step for a batch: a list of tokens and a position for each slot. (logits [n_slots, n_vocab],
     cache). A slot with fewer tokens is padded on the right: the padding is written after its last token, where the mask
-    hides it, and later tokens overwrite it."""
+    hides it, and later tokens overwrite it. With adapters, as lora.stack returns them, `chosen` has each slot's."""
     longest = max(map(len, tokens))
     n_padded = min(model.backend.bucket_length(longest), n_positions(cache) - max(positions))
     padded = numpy.zeros((len(tokens), n_padded), numpy.int32)
     for row, some in zip(padded, tokens, strict=True):
         row[: len(some)] = some
     last = numpy.array([len(some) - 1 for some in tokens], numpy.int32)
+    chosen, positions = numpy.array(chosen or [0] * len(tokens), numpy.int32), numpy.array(positions, numpy.int32)
     forward = batched(model.forward, model.backend)
-    return forward(model.params, padded, cache, numpy.array(positions, numpy.int32), last)
-
-
-# ---- Caches: `cache` has a batch axis, [n_slots, ...] in each array; `row` is that of one sequence, without it ----
-
-
-def repeat(row, n_slots):
-    """The cache of one sequence -> of n_slots equal ones."""
-    return tree_map(lambda array: np.stack([array] * n_slots), row)
-
-
-def write_row(cache, row, slot):
-    """`cache` with `row` in a slot. Positions of the row that the cache has no room for are left out."""
-    n = n_positions(cache)
-    row = [(keys[..., :n], values[..., :n, :]) for keys, values in row]
-    return tree_map(lambda array, new: update(array, new[None], (slot, 0, 0, 0)), cache, row)
-
-
-def read_row(cache, slot):
-    """A copy of the row in a slot."""
-    return tree_map(lambda array: np.copy(array[slot]), cache)
-
-
-def reorder(cache, slots):
-    """A cache whose row i is row slots[i] of `cache`."""
-    return tree_map(lambda array: array[slots], cache)
-
-
-def resize(cache, n):
-    """A copy of a cache or a row with room for n positions; what is beyond is cut off."""
-
-    def along(axis, array):
-        missing = n - array.shape[axis]
-        widths = [(0, max(missing, 0) * (i == array.ndim + axis)) for i in range(array.ndim)]
-        return np.pad(array, widths) if missing > 0 else np.copy(array[..., :n] if axis == -1 else array[..., :n, :])
-
-    return [(along(-1, keys), along(-2, values)) for keys, values in cache]
-
-
-@functools.lru_cache
-def compiled(f, library, donate=(), **static):
-    return library.jit(functools.partial(f, **static), donate_argnums=donate)
+    return forward(model.params, adapters or lora.stack([]), padded, cache, positions, last, chosen)
 
 
 # ---- The batch ----
 
 
 class Batch:
-    """Slots that sequences join and leave between steps. n_tokens: how many ids a sequence may have in the end.
+    """Slots that sequences join and leave between steps. n_tokens: how many ids a sequence may have in the end;
+    adapters: {name: leaves}, the leaves as lora.load returns them.
 
     On a backend that compiles, all n_slots are computed in each step, as another number would be another program; a
     free slot computes a token that is not used. On one that does not, the sequences fill the first slots, and only
     those are computed, so a batch that shrinks gets faster.
     """
 
-    def __init__(self, model, n_slots, n_tokens, *, chunk=None, capacities=None, n_kept=0):
+    def __init__(self, model, n_slots, n_tokens, adapters=None, *, chunk=None, capacities=None, n_kept=0):
         self.model, self.n_slots, self.n_tokens, self.chunk = model, n_slots, n_tokens, chunk
         self.capacities = capacities or (capacity(model, n_tokens),)
         self.joining = collections.deque()  # sequences whose prompts are computed next, first come, first served
         self.prompt = None  # (cache of its own, how many ids are in it) of joining[0]
         self.slots = {}  # sequence: its slots, one, or as many as it has beams
         self.cache = None
-        self.kept, self.n_kept = [], n_kept  # (ids, row) of sequences that have left, the last used one last
+        self.kept, self.n_kept = [], n_kept  # (key, row) of sequences that have left, the last used one last
+        self.adapter_names = [None, *(adapters or {})]
+        self.adapters = model.backend.asarray(lora.stack([*(adapters or {}).values()]))
 
     def sequences(self):
         """The sequences that have been added, none of which has finished."""
@@ -144,7 +111,9 @@ class Batch:
 
     def add(self, sequence):
         """Adds a sequence; the next steps compute its prompt. Raises ValueError if no slot is free or if the sequence
-        needs more positions than a slot has."""
+        needs more positions than a slot has, or an adapter that the batch does not have."""
+        if sequence.adapter not in self.adapter_names:
+            raise ValueError(f"no adapter {sequence.adapter!r:.80}: choose from {', '.join(self.adapter_names[1:])}")
         n_needed = len(sequence.ids) + sequence.n_tokens_to_generate
         if self.n_free() < sequence.n_slots or n_needed > self.n_tokens:
             raise ValueError(f"{self.n_slots} slots of {self.n_tokens} tokens: no room for one more of {n_needed}")
@@ -157,7 +126,7 @@ class Batch:
             self.joining.remove(sequence)
         for slot in sorted(slots := self.slots.pop(sequence, []), reverse=True):
             if self.n_kept and slot == slots[0] and sequence.n_slots == 1:
-                self._keep(sequence.ids[:-1], compiled(read_row, self.model.backend)(self.cache, slot))
+                self._keep(key_of(sequence), compiled(read_row, self.model.backend)(self.cache, slot))
             self._fill_gap(slot)
 
     def _fill_gap(self, slot):
@@ -187,11 +156,11 @@ class Batch:
         row = self.model.init_cache(self.model.params, self._n_prompt(None))
         for n in sorted({self.model.backend.bucket_length(n) for n in range(1, self.chunk + 1)}):
             for all_logits in (False, True):
-                _, row = forward(self.model, [0] * n, row, 0, all_logits)
+                _, row = forward(self._model_with(None), [0] * n, row, 0, all_logits)
                 yield f"prompts of {n} tokens"
         for n in (*self.capacities, *reversed(self.capacities)):
             self._fit_cache(n)
-            self._forward([[0]] * self.n_slots, [0] * self.n_slots)
+            self._forward([[0]] * self.n_slots, [0] * self.n_slots, [0] * self.n_slots)
             self._follow_parents([0], [0])
             self.cache = compiled(write_row, self.model.backend, (0,))(self.cache, row, 0)
             found = compiled(read_row, self.model.backend)(self.cache, 0)
@@ -202,12 +171,13 @@ class Batch:
 
     def _decode(self):
         n_rows = self.n_slots if self.model.backend.COMPILES else sum(map(len, self.slots.values()))
-        tokens, positions = [[0]] * n_rows, [0] * n_rows
+        tokens, positions, chosen = [[0]] * n_rows, [0] * n_rows, [0] * n_rows
         for sequence, slots in self.slots.items():
             for slot, token in zip(slots, sequence.newest(), strict=True):
                 tokens[slot], positions[slot] = [token], len(sequence.ids) - 1
+                chosen[slot] = self.adapter_names.index(sequence.adapter)
         self._fit_cache(max(positions) + 1)
-        logits = self.model.backend.to_numpy(self._forward(tokens, positions))
+        logits = self.model.backend.to_numpy(self._forward(tokens, positions, chosen))
         results = []
         for sequence, slots in self.slots.items():
             results.append((sequence, sequence.accept(logits[slots[0]] if sequence.n_slots == 1 else logits[slots])))
@@ -215,14 +185,14 @@ class Batch:
                 self._follow_parents(slots, sequence.parents)
         return results
 
-    def _forward(self, tokens, positions):
+    def _forward(self, tokens, positions, chosen):
         """The logits of a step for all rows. It writes into the cache: NumPy's vmap in place, also into its first rows
         alone."""
         if self.model.backend.COMPILES:
-            logits, self.cache = step_batch(self.model, tokens, self.cache, positions)
+            logits, self.cache = step_batch(self.model, tokens, self.cache, positions, self.adapters, chosen)
         else:
             first = tree_map(lambda array: array[: len(tokens)], self.cache)
-            logits, _ = step_batch(self.model, tokens, first, positions)
+            logits, _ = step_batch(self.model, tokens, first, positions, self.adapters, chosen)
         return logits
 
     def _follow_parents(self, slots, parents):
@@ -257,11 +227,19 @@ class Batch:
                 results.append((sequence, self._join(sequence, row, logits)))
         return results
 
+    def _model_with(self, adapter):
+        """The model with an adapter. If the batch has none, it is the model itself."""
+        if len(self.adapter_names) == 1:
+            return self.model
+        step, chosen = alone(self.model.forward, self.model.backend), self.adapter_names.index(adapter)
+        return self.model._replace(forward=lambda params, *args: step(params, self.adapters, *args, chosen))
+
     def _forward_prompt(self, sequence, ids, row, start):
+        model = self._model_with(sequence.adapter)
         if not sequence.needs_prompt_logits:
-            logits, row = step(self.model, ids, row, start)
+            logits, row = step(model, ids, row, start)
             return self.model.backend.to_numpy(logits), row
-        logits, row = forward(self.model, ids, row, start, all_logits=True)
+        logits, row = forward(model, ids, row, start, all_logits=True)
         logits = self.model.backend.to_numpy(logits)
         sequence.accept_prompt(logits[: len(ids)], start)
         return logits[len(ids) - 1], row
@@ -285,7 +263,7 @@ class Batch:
         """(a cache for the prompt of a sequence, how many of its ids are in it already)."""
         n, row = 0, None
         if self.n_kept and not sequence.needs_prompt_logits:
-            n, row = self._longest_prefix(sequence.ids[:-1])  # the last one is computed in any case, for its logits
+            n, row = self._longest_prefix(key_of(sequence))
         sequence.n_reused = n
         if row is None:
             return self.model.init_cache(self.model.params, self._n_prompt(sequence)), 0
@@ -295,13 +273,11 @@ class Batch:
         """Where each length is a program, all prompts have caches of one length, with room for the padding."""
         return self.capacities[-1] + (self.chunk or 0) if self.model.backend.COMPILES else len(sequence.ids)
 
-    def _longest_prefix(self, ids):
-        """(n, row): the row that begins with the first n ids, of all that are kept and all in slots. A short prefix is
-        not worth the copy: (0, None)."""
-        n, row = max(((n_common(ids, known), row) for known, row in self.kept), default=(0, None), key=lambda p: p[0])
-        for other, slots in self.slots.items():
-            if other.n_slots == 1 and n_common(ids, other.ids[:-1]) > n:
-                n, row = n_common(ids, other.ids[:-1]), slots[0]
+    def _longest_prefix(self, key):
+        """(n, row): the row that begins with the first n ids of a key, of all that are kept and all in slots. A short
+        prefix is not worth the copy: (0, None)."""
+        known = [*self.kept, *((key_of(other), slots[0]) for other, slots in self.slots.items() if other.n_slots == 1)]
+        n, row = max(((n_common(key, k) - 1, row) for k, row in known), default=(0, None), key=lambda pair: pair[0])
         if n < 16:
             return 0, None
         if isinstance(row, int):
@@ -309,23 +285,29 @@ class Batch:
         self.kept.sort(key=lambda kept: kept[1] is row)  # the one that was used comes last
         return n, row
 
-    def _keep(self, ids, row):
+    def _keep(self, key, row):
         """Keeps a row. Rows with no more than the beginning of its ids, and the least recently used one, are
         dropped."""
-        self.kept = [kept for kept in self.kept if n_common(kept[0], ids) < len(kept[0])]
-        self.kept = [*self.kept, (ids, row)][-self.n_kept :]
+        self.kept = [kept for kept in self.kept if n_common(kept[0], key) < len(kept[0])]
+        self.kept = [*self.kept, (key, row)][-self.n_kept :]
+
+
+def key_of(sequence):
+    """What a row with the keys and values of a sequence is found by: the adapter and all ids but the newest, which has
+    not been through the model (or, of a prompt, has to go through it for its logits)."""
+    return [sequence.adapter, *sequence.ids[:-1]]
 
 
 def n_common(first, second):
-    """How many ids two lists have in common at their beginnings."""
+    """How many entries two lists have in common at their beginnings."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
-def generate_batch(model, sequences):
+def generate_batch(model, sequences, adapters=None):
     """Generates all sequences at once until each has finished. Each must have at least one id and fit into n_ctx."""
     sequences = [sequence for sequence in sequences if sequence.finish_reason is None]
     if sequences:
-        batch = Batch(model, len(sequences), max(len(s.ids) + s.n_tokens_to_generate for s in sequences))
+        batch = Batch(model, len(sequences), max(len(s.ids) + s.n_tokens_to_generate for s in sequences), adapters)
         for sequence in sequences:
             batch.add(sequence)
         while batch.sequences():

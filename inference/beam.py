@@ -20,6 +20,7 @@ import numpy
 from gpt2 import softmax
 from inference import batching, sampling
 from inference.model import init_cache, step
+from inference.slot_caches import reorder, repeat
 
 
 class Hypothesis(NamedTuple):
@@ -37,12 +38,12 @@ class Search:
     parents          for each beam the index of the beam before the newest step that it extends
     """
 
-    needs_prompt_logits = False
+    needs_prompt_logits, adapter = False, None
 
     def __init__(self, inputs, n_tokens_to_generate, num_beams, *, length_penalty=1.0, early_stopping=False, end_ids=(),
-                 params=sampling.GREEDY):  # fmt: skip
+                 sampling_params=sampling.GREEDY):  # fmt: skip
         self.inputs, self.n_tokens_to_generate, self.n_slots = list(inputs), n_tokens_to_generate, num_beams
-        self.length_penalty, self.end_ids, self.params = length_penalty, end_ids, params
+        self.length_penalty, self.end_ids, self.sampling_params = length_penalty, end_ids, sampling_params
         self.early_stopping = True if num_beams == 1 else early_stopping
         self.beams = [([], 0.0)]  # (new ids, sum of log-probabilities), best first
         self.parents, self.hypotheses, self.n_new, self.finish_reason = [], [], 0, None
@@ -62,7 +63,7 @@ class Search:
         """Extends the beams by one token each, from the logits of each slot, [n_slots, n_vocab]. There is no text until
         the search has finished."""
         self.n_new += 1
-        rows = totals(self.beams, logits, self.inputs, self.params)
+        rows = totals(self.beams, logits, self.inputs, self.sampling_params)
         ended, self.beams, parents = extend(self.beams, rows, self.n_slots, self.end_ids)
         self.parents = parents + parents[:1] * (self.n_slots - len(parents))
         found = [Hypothesis(ids, total / self.n_new**self.length_penalty, True) for ids, total in ended]
@@ -94,16 +95,16 @@ def search(model, inputs, n_tokens_to_generate, num_beams, **settings):
 
     The settings are those of Search. early_stopping: when num_beams hypotheses are enough: True, as soon as they are
     found; False, when the best beam, if it ended now, would score no better than the worst of them; "never", when no
-    beam can score better at any length. Of the sampling parameters (params) those of sampling.process apply, to the
+    beam can score better at any length. Of the sampling parameters those of sampling.process apply, to the
     log-probabilities.
     """
     found = Search(inputs, n_tokens_to_generate, num_beams, **settings)
     if found.finish_reason is None:
         logits, cache = step(model, inputs, init_cache(model, len(inputs) + n_tokens_to_generate), 0)
         found.accept(model.backend.to_numpy(logits)[None])
-        cache = batching.repeat(cache, num_beams)
+        cache = repeat(cache, num_beams)
     while found.finish_reason is None:
-        cache = batching.reorder(cache, numpy.array(found.parents))  # each beam continues the cache of its parent
+        cache = reorder(cache, numpy.array(found.parents))  # each beam continues the cache of its parent
         tokens, positions = [[token] for token in found.newest()], [len(found.ids) - 1] * num_beams
         logits, cache = batching.step_batch(model, tokens, cache, positions)
         found.accept(model.backend.to_numpy(logits))
@@ -114,13 +115,13 @@ def best(hypotheses, n):
     return sorted(hypotheses, key=lambda hypothesis: -hypothesis.score)[:n]
 
 
-def totals(beams, logits, inputs, params):
+def totals(beams, logits, inputs, sampling_params):
     """[n_beams, n_vocab]: for each beam, the sum of log-probabilities that each token would lead to."""
     rows = []
     for (ids, total), row in zip(beams, logits, strict=False):
         with numpy.errstate(divide="ignore"):  # a probability may be 0
             log_probabilities = numpy.log(softmax(numpy.asarray(row, numpy.float64)))
-        rows.append(total + sampling.process(log_probabilities, inputs + ids, len(ids), params))
+        rows.append(total + sampling.process(log_probabilities, inputs + ids, len(ids), sampling_params))
     return numpy.stack(rows)
 
 

@@ -118,10 +118,10 @@ class Job(Awaited, Sequence):
 class BeamJob(Awaited, Search):
     """A beam search that somebody waits for, for its n_results best texts. They are complete in the last Event."""
 
-    def __init__(self, tokenizer, *args, deliver, n_results, **settings):
+    def __init__(self, tokenizer, *args, deliver, n_results, adapter=None, **settings):
         Search.__init__(self, *args, **settings)
         Awaited.__init__(self, deliver, len(self.inputs))
-        self.tokenizer, self.n_results = tokenizer, n_results
+        self.tokenizer, self.n_results, self.adapter = tokenizer, n_results, adapter
 
     def results(self):
         return [
@@ -139,7 +139,7 @@ def text_offsets(tokenizer, ids):
     return offsets
 
 
-def make_jobs(tokenizer, model, values, inputs, n_new, n_candidates, deliver):
+def make_jobs(tokenizer, model, values, inputs, n_new, n_candidates, deliver, adapter=None):
     """The Jobs of a request: for each of `inputs`, lists of ids, values.n Jobs, the i-th (from 0) with seed + i,
     or a BeamJob. `values` has the parameters of the request by their names in inference/requests.py."""
     cold = values.temperature < 1e-5 or values.use_beam_search
@@ -149,7 +149,7 @@ def make_jobs(tokenizer, model, values, inputs, n_new, n_candidates, deliver):
         values.repetition_penalty, values.min_tokens, tuple(tuple(tokenizer.encode(word)) for word in words),
         model.end_ids, 0.0 if cold else values.min_p, banned=ids_without_token(tokenizer, model.n_vocab, model.end_ids),
     )  # fmt: skip
-    common = {"params": params, "end_ids": model.end_ids, "deliver": deliver}
+    common = {"sampling_params": params, "end_ids": model.end_ids, "deliver": deliver, "adapter": adapter}
     if values.use_beam_search and (n_beams := max(values.n, values.best_of or 0)) > 1:
         common |= {"length_penalty": values.length_penalty, "n_results": values.n}
         return [BeamJob(tokenizer, ids, n_new, n_beams, **common) for ids in inputs]

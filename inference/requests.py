@@ -11,6 +11,7 @@ otherwise have no effect without a word. What OpenAI has and this project has no
 from types import SimpleNamespace
 
 from gpt2 import check_inputs
+from inference.chat import load_template
 from utils import first_ids
 
 MAX_TEXTS = 1024  # of one request
@@ -152,6 +153,14 @@ def encode(tokenizer, prompt):
     """A list of ids for each prompt."""
     prompts = [prompt] if is_ids(prompt) else as_list(prompt)
     return [first_ids(tokenizer, p) if isinstance(p, str) else p for p in prompts]
+
+
+def find_template(folder):
+    """The chat template of a model, or None if it has none."""
+    try:
+        return load_template(folder)
+    except ValueError:
+        return None
 
 
 def encode_chat(template, tokenizer, messages):

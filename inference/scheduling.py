@@ -15,8 +15,9 @@ import sys
 import threading
 import time
 
-from inference.batching import Batch, capacities
+from inference.batching import Batch
 from inference.jobs import Event
+from inference.slot_caches import capacities
 
 CHUNK = 64  # tokens of prompts that a step computes
 
@@ -34,11 +35,14 @@ class Closed(Exception):
 
 
 class Scheduler:
-    """n_slots, n_tokens: of its Batch. max_queue: how many jobs may wait for a slot."""
+    """n_slots, n_tokens, adapters: of its Batch. max_queue: how many jobs may wait for a slot."""
 
-    def __init__(self, model, n_slots, n_tokens, max_queue):
+    def __init__(self, model, n_slots, n_tokens, max_queue, adapters=None):
         settings = {"chunk": CHUNK, "capacities": capacities(model, n_tokens), "n_kept": n_slots}
-        self.make_batch, self.max_queue = functools.partial(Batch, model, n_slots, n_tokens, **settings), max_queue
+        self.make_batch, self.max_queue = (
+            functools.partial(Batch, model, n_slots, n_tokens, adapters, **settings),
+            max_queue,
+        )
         self.batch, self.waiting, self.cancelled = self.make_batch(), collections.deque(), set()
         self.changed = threading.Condition()  # guards waiting, cancelled and deadline
         self.deadline = None  # when the running jobs are ended; None as long as the scheduler is open

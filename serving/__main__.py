@@ -5,7 +5,6 @@ if __name__ == "__main__":  # before the slow imports
 
     cli.leave_on_ctrl_c()
 
-import contextlib
 import signal
 import socket
 import sys
@@ -22,15 +21,15 @@ import backends
 import cli
 import utils
 from inference import model as models
-from inference.chat import load_template
+from inference.requests import find_template
 from inference.scheduling import Scheduler
 from weights.params import find_dtype
 
 
 # fmt: off
 def main(*, model_size: str = "", models_dir: str = "", base_url: str = "", backend: str = "numpy",
-         dtype: str = "float32", host: str = "127.0.0.1", port: int = 8000, max_batch: int = 16, max_queue: int = 64,
-         max_model_len: int = 0, api_key: str = "", warm_up: bool = True, grace: float = 10.0):
+         dtype: str = "float32", adapter: list = (), host: str = "127.0.0.1", port: int = 8000, max_batch: int = 16,
+         max_queue: int = 64, max_model_len: int = 0, api_key: str = "", warm_up: bool = True, grace: float = 10.0):
     # fmt: on
     """Serves a model to any client of OpenAI's API, many at once.
 
@@ -40,6 +39,7 @@ def main(*, model_size: str = "", models_dir: str = "", base_url: str = "", back
         base_url: where to download from; left out: the environment's GPT2_BASE_URL, or OpenAI's address
         backend: numpy, or jax (compiled, and on an accelerator if there is one)
         dtype: float32, bfloat16 (half the memory, 2 to 3 digits) or float64
+        adapter: NAME=FOLDER, a LoRA of this model that clients choose as model NAME; may be given several times
         host: the address to listen at; 127.0.0.1: this machine alone; 0.0.0.0: every network, so set an api_key too
         port: the port to listen at; 0: one that is free
         max_batch: how many texts are generated at the same time, 1 to 1024
@@ -60,14 +60,12 @@ def main(*, model_size: str = "", models_dir: str = "", base_url: str = "", back
     if max_model_len > model.n_ctx:
         raise ValueError(f"--max_model_len {max_model_len} is more than n_ctx {model.n_ctx}, all the model can see")
     n_tokens = max_model_len or model.n_ctx
-    template = None
-    with contextlib.suppress(ValueError):  # it has none, so /v1/chat/completions says so
-        template = load_template(folder)
-    scheduler = Scheduler(model, max_batch, n_tokens, max_queue)
+    adapters = models.load_adapters(folder, adapter)
+    scheduler = Scheduler(model, max_batch, n_tokens, max_queue, adapters)
     for found in scheduler.batch.warm_up() if warm_up else ():  # each takes seconds for a large model
         print(f"\rcompiled: {found:40}", end="\r", file=sys.stderr, flush=True)
     hosts = (*LOOPBACK, host) if host in LOOPBACK else ()  # what listens to a network may have any name there
-    app = make_app(Service(name, tokenizer, model, scheduler, n_tokens, template, api_key, hosts))
+    app = make_app(Service([name, *adapters], tokenizer, model, scheduler, n_tokens, find_template(folder), api_key, hosts))
     cli.unwind_on_ctrl_c()
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn sets its own, and at its end raises the signal once more
     scheduler.start()

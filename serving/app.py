@@ -1,6 +1,6 @@
 """The HTTP server: OpenAI's API over inference/scheduling.py, as a Starlette application.
 
-    app = make_app(Service("3M", tokenizer, model, scheduler, n_tokens=256))
+    app = make_app(Service(["3M"], tokenizer, model, scheduler, n_tokens=256))
 
 A request is checked (parameters.py), becomes a Job for each text that it asks for, and its answer is made from the
 Events of the jobs (reply.py). All of this runs in one thread, the event loop; the model runs in the scheduler's. Events
@@ -34,12 +34,13 @@ HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: 
 class Service(NamedTuple):
     """What the application serves.
 
+    names       of the model, and of the adapters of the scheduler's batch
     n_tokens    how many tokens a prompt and its continuation may have together
     template    the model's chat template (inference/chat.py), or None
     hosts       the names that a Host header may have; () is any
     """
 
-    name: str
+    names: list
     tokenizer: Any
     model: Any
     scheduler: Any
@@ -53,14 +54,13 @@ def make_app(service):
     metrics, started = Metrics(service.scheduler), int(time.time())
 
     async def models(request):
-        check_name(service, request.path_params.get("name", service.name))
-        found = {"id": service.name, "object": "model", "created": started, "owned_by": "local"}
-        return JSONResponse(found if "name" in request.path_params else {"object": "list", "data": [found]})
+        check_name(service, name := request.path_params.get("name", service.names[0]))
+        found = {n: {"id": n, "object": "model", "created": started, "owned_by": "local"} for n in service.names}
+        return JSONResponse(found[name] if request.path_params else {"object": "list", "data": [*found.values()]})
 
     async def completions(request):
         values = await read_values(request, service, COMPLETIONS)
-        n_new = 16 if values.max_tokens is None else values.max_tokens
-        inputs = encode(service.tokenizer, values.prompt)
+        inputs, n_new = encode(service.tokenizer, values.prompt), 16 if values.max_tokens is None else values.max_tokens
         return await answer(request, service, metrics, values, inputs, n_new, values.logprobs)
 
     async def chat(request):
@@ -91,6 +91,7 @@ def make_app(service):
 
         return Route(path, counted, methods=[method])
 
+    # The static files of a page at / have their place in serving/page/.
     routes = [route("/v1/models", models), route("/v1/models/{name:path}", models), route("/health", health),
               route("/metrics", show_metrics), route("/v1/completions", completions, "POST"),
               route("/v1/chat/completions", chat, "POST"), *page_routes(service, route)]  # fmt: skip
@@ -120,8 +121,8 @@ def authorize(request, service):
 
 
 def check_name(service, name):
-    if name != service.name:
-        raise Refused(f"no model {name!r:.80}: this is {service.name}", "model", "model_not_found")
+    if name not in service.names:
+        raise Refused(f"no model {name!r:.80}: choose {' or '.join(service.names)}", "model", "model_not_found")
 
 
 async def read_values(request, service, table):
@@ -154,10 +155,11 @@ async def answer(request, service, metrics, values, inputs, n_new, n_candidates,
             loop.call_soon_threadsafe(events.put_nowait, event)
 
     check(values, inputs, n_new, service.model.n_vocab, service.n_tokens, service.scheduler.batch.n_slots)
-    jobs = make_jobs(service.tokenizer, service.model, values, inputs, n_new, n_candidates, deliver)
+    adapter = None if values.model == service.names[0] else values.model
+    jobs = make_jobs(service.tokenizer, service.model, values, inputs, n_new, n_candidates, deliver, adapter)
     service.scheduler.submit(jobs)
     incoming = receive(request, service.scheduler, metrics, jobs, events)
-    return await Reply(service.name, service.tokenizer, values, jobs, chat).send(incoming)
+    return await Reply(service.tokenizer, values, jobs, chat).send(incoming)
 
 
 async def receive(request, scheduler, metrics, jobs, events):

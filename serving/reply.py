@@ -36,10 +36,10 @@ def explain(error):
 
 
 class Reply:
-    def __init__(self, name, tokenizer, values, jobs, chat):
+    def __init__(self, tokenizer, values, jobs, chat):
         self.tokenizer, self.values, self.jobs, self.chat = tokenizer, values, jobs, chat
         kind = "chat.completion" + ".chunk" * values.stream if chat else "text_completion"
-        self.head = {"id": "chat" * chat + f"cmpl-{secrets.token_hex(12)}", "object": kind, "model": name}
+        self.head = {"id": "chat" * chat + f"cmpl-{secrets.token_hex(12)}", "object": kind, "model": values.model}
         self.head["created"] = int(time.time())
         self.echoed = [tokenizer.decode(job.ids[: job.n_prompt]) if values.echo else "" for job in jobs]
 
@@ -68,9 +68,8 @@ class Reply:
         return found
 
     def choice(self, index, content, job, tokens=(), reason=None):
-        logprobs = None
-        if job.n_candidates is not None and tokens:
-            logprobs = (chat_logprobs if self.chat else completion_logprobs)(self.tokenizer, tokens)
+        describe = chat_logprobs if self.chat else completion_logprobs
+        logprobs = describe(self.tokenizer, tokens) if tokens and job.n_candidates is not None else None
         return {"index": index} | content | {"logprobs": logprobs, "finish_reason": FINISH_REASONS[reason]}
 
     async def lines(self, event, incoming):

@@ -30,10 +30,24 @@ class Template:
 class Running:
     """A server that runs, and what its tests need: .client (openai's), .http, .service, .url."""
 
-    def __init__(self, model, encoder, name="3M", *, n_slots=16, max_queue=64, n_tokens=None, grace=5.0, **settings):
-        self.scheduler = Scheduler(model, n_slots, n_tokens or model.n_ctx, max_queue)
+    def __init__(
+        self,
+        model,
+        encoder,
+        name="3M",
+        *,
+        adapters=None,
+        n_slots=16,
+        max_queue=64,
+        n_tokens=None,
+        grace=5.0,
+        **settings,
+    ):
+        self.scheduler = Scheduler(model, n_slots, n_tokens or model.n_ctx, max_queue, adapters)
         settings = {"template": Template()} | settings
-        self.service = Service(name, encoder, model, self.scheduler, n_tokens or model.n_ctx, **settings)
+        self.service = Service(
+            [name, *(adapters or ())], encoder, model, self.scheduler, n_tokens or model.n_ctx, **settings
+        )
         self.listener = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.server = Server(make_app(self.service), self.scheduler, grace)

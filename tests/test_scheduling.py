@@ -11,10 +11,11 @@ from test_jax import STORY_PROMPTS
 
 import backends
 from encoder import get_encoder
-from inference import batching, beam
+from inference import beam, slot_caches
 from inference.batching import Batch
 from inference.generate import Sequence, generate
 from inference.jobs import BeamJob, Job
+from inference.model import n_positions
 from inference.sampling import SamplingParams
 from inference.scheduling import Closed, QueueFull, Scheduler
 
@@ -34,7 +35,7 @@ def model(small, request):
 
 
 def server_batch(model, n_slots=3, chunk=16, n_kept=3):
-    lengths = (32, *batching.capacities(model, N_CTX))
+    lengths = (32, *slot_caches.capacities(model, N_CTX))
     return Batch(model, n_slots, N_CTX, chunk=chunk, capacities=lengths, n_kept=n_kept)
 
 
@@ -62,9 +63,9 @@ def run(batch, waiting):
 
 def test_capacities():
     model = model_of(random_params(n_ctx=1000), 2)
-    assert batching.capacities(model, 1000) == (64, 128, 256, 512, 1000)
-    assert batching.capacities(model, 128) == (64, 128)
-    assert batching.capacities(model, 5) == (5,)
+    assert slot_caches.capacities(model, 1000) == (64, 128, 256, 512, 1000)
+    assert slot_caches.capacities(model, 128) == (64, 128)
+    assert slot_caches.capacities(model, 5) == (5,)
 
 
 def test_each_sequence_gets_what_it_gets_alone(small, model):
@@ -103,7 +104,7 @@ def test_the_cache_is_as_long_as_the_longest_sequence(small, model):
         if i == 3:
             batch.add(long)
         batch.step()
-        lengths.append(batching.n_positions(batch.cache))
+        lengths.append(n_positions(batch.cache))
     assert lengths[0] == 32
     assert max(lengths) == 128
     assert lengths[-1] == 64
@@ -364,7 +365,7 @@ def test_how_often_the_company_changes_a_token(storyteller, backend):
     n_tokens = n_different = 0
     worst = 0.0
     for seed in range(12):
-        batch = Batch(model, 16, 256, chunk=64, capacities=batching.capacities(model, 256), n_kept=16)
+        batch = Batch(model, 16, 256, chunk=64, capacities=slot_caches.capacities(model, 256), n_kept=16)
 
         def make(i, seed=seed):
             cut = random.Random(100 * seed + i)

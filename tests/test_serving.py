@@ -393,6 +393,14 @@ def test_the_openai_client(server, storyteller, scenario):
     scenario(Asked(server, storyteller))
 
 
+def test_the_code_of_the_documentation(server, capsys):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec("\n".join(code).replace("http://127.0.0.1:8000", server.url), {})
+    printed = capsys.readouterr().out
+    assert "there was a little girl" in printed
+    assert len(code) == 4
+
+
 # ---- What is refused: openai's error object, with the status and the name of the parameter ----
 
 CHAT = "/v1/chat/completions"
