@@ -91,7 +91,6 @@ def make_app(service):
 
         return Route(path, counted, methods=[method])
 
-    # The static files of a page at / have their place in serving/page/.
     routes = [route("/v1/models", models), route("/v1/models/{name:path}", models), route("/health", health),
               route("/metrics", show_metrics), route("/v1/completions", completions, "POST"),
               route("/v1/chat/completions", chat, "POST"), *page_routes(service, route)]  # fmt: skip

@@ -88,7 +88,7 @@ def is_recorded(model):
 
 
 def describe(service):
-    found = {"name": service.name, "n_tokens": service.n_tokens, "is_chat": service.template is not None}
+    found = {"names": [*service.names], "n_tokens": service.n_tokens, "is_chat": service.template is not None}
     found |= {"is_recorded": is_recorded(service.model), "reason": NOT_RECORDED, "max_tokens": views.MAX_TOKENS}
     changes = [
         {"name": name, "label": change.label, "shows": change.shows, "lines": broken.difference(name)}

@@ -137,7 +137,7 @@ async function meet() {
     complain(error);
     return false;
   }
-  const { name, n_tokens } = state.about;
+  const { names: [name], n_tokens } = state.about;
   $("model").textContent = `${name} answers. A prompt and its continuation may have ${n_tokens} tokens.`;
   await show({ name: currentName() });
   return true;

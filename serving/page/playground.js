@@ -13,7 +13,7 @@ function draw(state) {
   const conversation = element("div", { class: "turns" });
   parts = { output, detail, conversation, curl, code };
   const update = () => {
-    const made = requestOf(state.about || { name: "" }, settings, $("prompt").value, messagesOf(state));
+    const made = requestOf(state.about || { names: [""] }, settings, $("prompt").value, messagesOf(state));
     curl.firstChild.textContent = asCurl(made);
     code.firstChild.textContent = asPython(made);
   };
@@ -21,7 +21,7 @@ function draw(state) {
     element("h2", { class: "hidden" }, "Playground"),
     state.about?.is_chat ? chatSwitch(state, update) : null,
     conversation, output, detail,
-    element("h3", {}, "Parameters"), controls(settings, update),
+    element("h3", {}, "Parameters"), controls(settings, state.about?.names || [], update),
     element("details", { ontoggle: update }, element("summary", {}, "The same request as curl and as Python"),
       copyable("curl", curl), copyable("Python", code)));
   drawTurns();

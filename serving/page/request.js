@@ -23,7 +23,7 @@ const NEUTRAL = { top_k: 0, top_p: 1, min_p: 0, repetition_penalty: 1, n: 1, len
 export const MODES = { greedy: "greedy", sample: "sample", beams: "beams" };
 const OPENAI = ["model", "prompt", "messages", "max_tokens", "temperature", "top_p", "seed", "n", "stop", "stream", "logprobs", "top_logprobs", "best_of"];
 
-export function controls(settings, onchange) {
+export function controls(settings, names, onchange) {
   const made = Object.entries(FIELDS).map(([name, [label, , attributes, , hint]]) => {
     const input = element("input", { ...attributes, value: settings[name], id: `field-${name}`, "aria-describedby": `hint-${name}`,
       oninput: () => { settings[name] = input.value; onchange(); } });
@@ -33,9 +33,14 @@ export function controls(settings, onchange) {
   const mode = element("select", { id: "field-mode", onchange: () => { settings.mode = mode.value; hide(); onchange(); } },
     Object.entries(MODES).map(([name, label]) => element("option", { value: name }, label)));
   mode.value = settings.mode;
+  const model = element("select", { id: "field-model", onchange: () => { settings.model = model.value; onchange(); } },
+    names.map((name) => element("option", { value: name }, name)));
+  if (names.includes(settings.model)) model.value = settings.model;
   const hide = () => made.forEach((field) => { field.hidden = !FIELDS[field.dataset.name][3].includes(settings.mode); });
   hide();
   return element("div", { class: "fields" },
+    names.length > 1 ? element("div", { class: "field" }, element("label", { for: "field-model" }, "model"), model,
+      element("small", { class: "muted" }, "or one of its adapters")) : null,
     element("div", { class: "field" }, element("label", { for: "field-mode" }, "mode"), mode, element("small", { class: "muted" }, "the likeliest token, one drawn at random, or the likeliest text")), made);
 }
 
@@ -47,7 +52,7 @@ export function initial() {
 // The path and the body of the request.
 export function requestOf(about, settings, prompt, messages) {
   const isChat = Boolean(messages), isBeams = settings.mode === "beams";
-  const body = { model: about.name, ...(isChat ? { messages } : { prompt }) };
+  const body = { model: about.names.includes(settings.model) ? settings.model : about.names[0], ...(isChat ? { messages } : { prompt }) };
   for (const [name, [, , attributes, modes]] of Object.entries(FIELDS)) {
     if (!modes.includes(settings.mode) || settings[name] === "") continue;
     const value = attributes.type === "number" ? Number(settings[name]) : words(settings[name]);

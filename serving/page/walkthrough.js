@@ -93,7 +93,7 @@ function update(state, hasMoved) {
 
 // Scrolls the list, not the page.
 function reveal(list, line) {
-  const top = line.offsetTop - list.offsetTop, room = list.clientHeight;
+  const top = line.getBoundingClientRect().top - list.getBoundingClientRect().top + list.scrollTop, room = list.clientHeight;
   if (top < list.scrollTop + 30 || top > list.scrollTop + 0.4 * room) list.scrollTop = top - room / 5;
 }
 
