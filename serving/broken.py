@@ -37,8 +37,9 @@ CHANGES = {
         "no 1/sqrt(d_head)",
         (("return q / math.sqrt(q.shape[-1]) @ k.mT", "return q @ k.mT"),),
         "The scores are sqrt(d_head) times as large as in training, so softmax gives nearly all weight to one key. "
-        "This shows that the trained weights count on the division. It does not show why training needs it: a model "
-        "could learn smaller queries instead, but it would begin with saturated weights and hardly any gradient.",
+        "This shows that the trained queries and keys are of a size that needs the division. It does not show why it "
+        "helps training: a model could learn smaller queries, but at its start softmax would be saturated, with "
+        "hardly any gradient.",
     ),
     "residual": Change(
         "no residual additions",
@@ -50,15 +51,16 @@ CHANGES = {
     "layer_norm": Change(
         "no layer norm",
         (("return g * (centred / np.sqrt(variance + eps)) + b", "return x"),),
-        "Every layer now gets x as large or as small as it is. This shows that the trained layers expect inputs of one "
-        "size. It does not show that a model needs layer norm to compute: its use is that training is stable.",
+        "Every layer now gets x as large or as small as it is. This shows that the trained layers need inputs of the "
+        "size that they had in training. It does not show that no model could do without layer norm: its main use is "
+        "that training is stable.",
     ),
     "positions": Change(
         "no positions",
         (("return wte[np.asarray(inputs)] + wpe[: len(inputs)]", "return wte[np.asarray(inputs)]"),),
-        "No vector says where its token stands. What survives is what the model does without the order, and what the "
-        "mask tells of it. A model that was trained without positions would use the mask more (Haviv et al. 2022), so "
-        "this does not show how much a model needs them.",
+        "No vector says where its token stands, so only the mask tells the order. The change of the loss shows how "
+        "much this trained model uses positions. It does not show how much a model needs them: one that is trained "
+        "without them learns more of the order from the mask (Haviv et al. 2022).",
     ),
     "head": Change(
         "one head silenced",

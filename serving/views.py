@@ -112,7 +112,8 @@ def candidates(tokenizer, logits, n=N_CANDIDATES):
 
 def likeliest(logits, n):
     """The ids of the n largest logits, the largest first; of equal ones the lower id first."""
-    kept = numpy.flatnonzero(logits >= numpy.partition(logits, -n)[-n]) if n < len(logits) else numpy.arange(len(logits))
+    n = min(n, len(logits))
+    kept = numpy.flatnonzero(logits >= numpy.partition(logits, -n)[-n])
     return kept[numpy.argsort(-logits[kept], kind="stable")][:n]
 
 

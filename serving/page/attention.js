@@ -32,9 +32,9 @@ function draw(state) {
   show(chosen.query, null);
   return element("div", {},
     heading(`Attention of block ${data.block}, head ${head}`,
-      "Each token asks with its query, and each earlier token answers with its key. The score says how well the two " +
-      "fit, and softmax turns the scores of a query into weights with sum 1. The result is the mean of the values with " +
-      "these weights."),
+      "Each token has a query, and it and each earlier token have a key. The score of a query and a key is their dot " +
+      "product, divided by √d_head: the more similar they are, the higher. Softmax turns the scores of a query into " +
+      "weights with sum 1. The result is the mean of the values with these weights."),
     element("h3", {}, "From one query to its keys"),
     element("p", { class: "muted small" }, "Choose a token. The wider an arc, the larger the weight."),
     arcs,
@@ -42,8 +42,8 @@ function draw(state) {
       element("div", {}, element("h3", {}, "All weights"),
         element("p", { class: "muted small" }, "Each row has sum 1. The mask hides the later tokens, so it is a triangle."), triangle),
       pair),
-    element("p", { class: "note" }, "Many heads put most weight on the first token. It is what remains when a head finds " +
-      "nothing to collect: the weights must have sum 1, so they go where they change little."));
+    element("p", { class: "note" }, "In many heads of trained models the first token has most of the weight. The weights " +
+      "of a query must have sum 1, so where no token is useful they go to one whose value changes little."));
 }
 
 function best(row) {

@@ -32,7 +32,7 @@ function draw(state) {
     heading(`The cache of block ${data.block}, head ${head}`,
       "To choose the next token, only the new token has to go through the model. It needs the earlier tokens in one " +
       "place alone: attention reads their keys and values. These never change, because the mask hides later tokens " +
-      "from earlier ones. So inference/kv_cache.py keeps them."),
+      "from earlier ones. So inference/kv_cache.py stores them: the cache."),
     slider({ label: "newest token", min: 0, max: n - 1, step: 1, value: chosen.position, show: (i) => data.tokens[i], oninput: show }),
     text, maps,
     element("p", {}, `Token by token without a cache, 1 + 2 + … + ${n} = ${without} rows go through the model for these ${n} tokens; ` +

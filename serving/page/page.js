@@ -138,7 +138,7 @@ async function meet() {
     return false;
   }
   const { names: [name], n_tokens } = state.about;
-  $("model").textContent = `${name} answers. A prompt and its continuation may have ${n_tokens} tokens.`;
+  $("model").textContent = `Model ${name}: a prompt and its continuation have at most ${n_tokens} tokens.`;
   await show({ name: currentName() });
   return true;
 }
