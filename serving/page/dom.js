@@ -59,7 +59,9 @@ export function candidateTable(caption, candidates, marked = null) {
       element("td", {}, token(found.token)),
       element("td", { class: "wide" }, bar(found.probability)),
       element("td", { class: "number" }, percent(found.probability))));
-  return element("table", { class: "candidates" }, element("caption", {}, caption), element("tbody", {}, rows));
+  const none = element("tr", {}, element("td", {}, "none: the logits are not finite numbers"));
+  return element("table", { class: "candidates" }, element("caption", {}, caption),
+    element("tbody", {}, rows.length ? rows : none));
 }
 
 export function token(text, index = 0) {

@@ -16,7 +16,7 @@ const EXAMPLE = "Once upon a time, there was a little girl named Lily. She";
 const VIEWS = { playground, walkthrough, tokens, attention, lens, loss, sampling, cache, cost, broken };
 const WITH_BLOCK = ["walkthrough", "attention", "cache"];
 
-const state = { about: null, data: null, key: "", block: 0, head: 0, name: "playground", running: null, waiting: 0, show, busy };
+const state = { about: null, data: null, key: "", block: 0, head: 0, name: "playground", running: null, loading: null, waiting: 0, show, busy };
 
 function currentName() {
   const name = location.hash.slice(1);
@@ -70,8 +70,11 @@ async function load() {
   const wanted = JSON.stringify([$("prompt").value, state.block]);
   if (wanted === state.key || !state.about?.is_recorded) return;
   say("computing …");
-  const controller = replaceRunning();
-  const data = await get("/walkthrough", { prompt: $("prompt").value, block: state.block }, controller.signal);
+  const prompt = $("prompt").value, { max_tokens: most } = state.about;
+  if (prompt.length > 128 * most) throw new Problem(`The walkthrough shows at most ${most} tokens: shorten the prompt.`);
+  state.loading?.abort();
+  state.loading = new AbortController();
+  const data = await get("/walkthrough", { prompt, block: state.block }, state.loading.signal);
   Object.assign(state, { data, key: wanted });
   options($("block"), data.sizes.n_layer, state.block);
   options($("head"), data.sizes.n_head, state.head);
@@ -81,12 +84,6 @@ async function load() {
 function options(select, n, chosen) {
   select.replaceChildren(...[...Array(n).keys()].map((i) => element("option", { value: i }, String(i))));
   select.value = chosen;
-}
-
-function replaceRunning() {
-  state.running?.abort();
-  state.running = new AbortController();
-  return state.running;
 }
 
 async function show(settings = {}) {
@@ -120,7 +117,8 @@ async function run(event) {
   $("stop").disabled = false;
   busy(1);
   try {
-    await playground.run(state, $("prompt").value, replaceRunning().signal);
+    state.running = new AbortController();
+    await playground.run(state, $("prompt").value, state.running.signal);
   } catch (error) {
     complain(error);
   }

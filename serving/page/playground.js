@@ -42,7 +42,8 @@ function messagesOf(state) {
 
 function copyable(name, pre) {
   const button = element("button", { type: "button", onclick: async () => {
-    await navigator.clipboard.writeText(pre.textContent).then(() => { button.textContent = "Copied"; }, () => { button.textContent = "Select the text and copy it"; });
+    const copied = await navigator.clipboard?.writeText(pre.textContent).then(() => true, () => false);
+    button.textContent = copied ? "Copied" : "Select the text and copy it";
     setTimeout(() => { button.textContent = "Copy"; }, 1500);
   } }, "Copy");
   pre.tabIndex = 0;

@@ -11,30 +11,33 @@ export function softmax(logits) {
   return exps.map((value) => value / sum);
 }
 
-// order: the ids, the likeliest first. Returns the probabilities of the ids that are left, in that order.
+// order: the ids, the likeliest first. Returns the probability of each id after the four steps: 0 for what is out.
 export function choose(logits, order, { temperature, top_k, top_p, min_p }) {
   let kept = temperature === 0 ? order.slice(0, 1) : order.slice(0, top_k || order.length);
-  let probabilities = softmax(kept.map((id) => logits[id] / (temperature || 1)));
+  const share = () => softmax(kept.map((id) => logits[id] / (temperature || 1)));
+  let probabilities = share();
   if (top_p < 1) {
     let before = 0, n = 0;
     while (n < kept.length && before < top_p) before += probabilities[n++];
     kept = kept.slice(0, Math.max(1, n));
-    probabilities = softmax(kept.map((id) => logits[id] / (temperature || 1)));
+    probabilities = share();
   }
   if (min_p > 0) {
-    const n = probabilities.filter((p) => p >= min_p * probabilities[0]).length;
-    kept = kept.slice(0, n);
-    probabilities = softmax(kept.map((id) => logits[id] / (temperature || 1)));
+    kept = kept.slice(0, probabilities.filter((p) => p >= min_p * probabilities[0]).length);
+    probabilities = share();
   }
-  return kept.map((id, i) => ({ id, probability: probabilities[i] }));
+  const found = new Float64Array(logits.length);
+  kept.forEach((id, i) => { found[id] = probabilities[i]; });
+  return { probabilities: found, n: kept.length };
 }
 
-// The first token, in the order of ids, at which the sum of the probabilities exceeds the coin.
-export function toss(found, coin) {
-  let end = 0, chosen = null;
-  for (const entry of [...found].sort((a, b) => a.id - b.id)) {
-    end += entry.probability;
-    chosen = entry.id;
+// The first id at which the sum of the probabilities exceeds the coin.
+export function toss(probabilities, coin) {
+  let end = 0, chosen = 0;
+  for (const [id, probability] of probabilities.entries()) {
+    if (probability === 0) continue;
+    end += probability;
+    chosen = id;
     if (end > coin) break;
   }
   return chosen;
@@ -52,15 +55,14 @@ function draw(state) {
     return { id, cells };
   });
   const update = () => {
-    const found = choose(logits, order, settings), byId = new Map(found.map(({ id, probability }) => [id, probability]));
-    const chosen = toss(found, settings.coin);
+    const { probabilities, n } = choose(logits, order, settings), chosen = toss(probabilities, settings.coin);
     for (const { id, cells } of rows) {
-      cells.now.textContent = byId.has(id) ? percent(byId.get(id)) : "out";
-      cells.bar.replaceChildren(bar(byId.get(id) || 0, id === chosen ? "strong" : ""));
+      cells.now.textContent = probabilities[id] ? percent(probabilities[id]) : "out";
+      cells.bar.replaceChildren(bar(probabilities[id], id === chosen ? "strong" : ""));
     }
-    drawStrip(strip, found, chosen, name);
+    drawStrip(strip, probabilities, chosen, name);
     result.replaceChildren("The coin ", element("b", { class: "number" }, settings.coin.toFixed(3)), " chooses ", token(name(chosen)),
-      ` with probability ${percent(byId.get(chosen))}. ${found.length === 1 ? "1 token is left." : `${found.length} tokens are left.`}`);
+      ` with probability ${percent(probabilities[chosen])}. ${n === 1 ? "1 token is left." : `${n} tokens are left.`}`);
   };
   const control = (label, key, min, max, step) =>
     slider({ label, min, max, step, value: settings[key], oninput: (value) => { settings[key] = value; update(); } });
@@ -80,15 +82,16 @@ function draw(state) {
       element("thead", {}, element("tr", {}, ["token", "by the model", "", "after the sliders"].map((text) => element(text ? "th" : "td", text ? { scope: "col" } : {}, text)))), table)));
 }
 
-function drawStrip(strip, found, chosen, name) {
-  const pieces = [...found].sort((a, b) => a.id - b.id).filter(({ probability, id }) => probability > 0.002 || id === chosen);
-  const small = 1 - pieces.reduce((sum, { probability }) => sum + probability, 0);
-  strip.replaceChildren(...pieces.map(({ id, probability }, i) => {
-    const part = element("span", { class: `part ${id === chosen ? "chosen" : `tint${i % 4}`}` }, probability > 0.06 ? name(id) : "");
+// The line from 0 to 1. A piece that is too narrow to be seen is left out.
+function drawStrip(strip, probabilities, chosen, name) {
+  const pieces = [];
+  probabilities.forEach((probability, id) => {
+    if (probability <= 0.002 && id !== chosen) return;
+    const part = element("span", { class: `part ${id === chosen ? "chosen" : `tint${pieces.length % 4}`}` }, probability > 0.06 ? name(id) : "");
     part.style.flexGrow = probability;
-    return part;
-  }));
-  if (small > 0.002) strip.title = `${percent(small)} belong to tokens that are too unlikely to be drawn`;
+    pieces.push(part);
+  });
+  strip.replaceChildren(...pieces);
 }
 
 export const sampling = { draw };
