@@ -19,7 +19,7 @@ def records(recording, lines, sizes, ids):
     the source, `sizes` the model's, ids the prompt's."""
     arrays, places = [], {}
 
-    def encode(value, name, call, line):
+    def encode(value, name, line):
         is_ids = isinstance(value, list) and all(type(i) is int for i in value)
         if isinstance(value, (dict, list, tuple)) and not is_ids:
             return {"tree": [*leaves(value)]}
@@ -27,13 +27,13 @@ def records(recording, lines, sizes, ids):
             return {"text": repr(value)}
         if id(value) not in places:
             places[id(value)] = len(arrays)
-            axes = axis_names(numpy.shape(value), name, call.function, lines[line - 1], sizes)
+            axes = axis_names(numpy.shape(value), name, lines[line - 1], sizes)
             arrays.append(reduced(numpy.asarray(value), axes, ids) | {"is_list": is_ids})
         return {"array": places[id(value)]}
 
     found = []
     for line, call, values in recording.records:
-        encoded = {name: encode(value, name, recording.calls[call], line) for name, value in values.items()}
+        encoded = {name: encode(value, name, line) for name, value in values.items()}
         found.append({"line": line, "call": call, "values": encoded})
     return {"arrays": arrays, "records": found}
 
@@ -94,7 +94,7 @@ def finite(number, digits=DIGITS):
 # ---- What the axes mean ----
 
 
-def axis_names(shape, name, function, line, sizes):
+def axis_names(shape, name, line, sizes):
     """The name of each axis, as the comments of gpt2.py write it: from the comment at the end of the line, else by the
     name and the shape of the array."""
     if named := names_in_comment(line, shape, sizes):
@@ -104,8 +104,7 @@ def axis_names(shape, name, function, line, sizes):
     if name == "mask":
         return ["n_query", "n_key"]
     if len(shape) == 3:
-        is_pairs = function == "softmax" or name == "weights"
-        return ["n_head", "n_query", "n_key"] if is_pairs else ["n_head", "n_seq", "d_head"]
+        return ["n_head", "n_query", "n_key"]
     if len(shape) == 2:
         return [{"w": widths.get(shape[0], ""), "wte": "n_vocab", "wpe": "n_ctx"}.get(name, "n_seq"), last]
     return ["n_seq" if name in ("inputs", "ids", RETURNED) else last]

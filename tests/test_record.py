@@ -199,6 +199,18 @@ def test_axes_have_the_names_of_the_source(storyteller):
             assert recorded(found, *where)["axes"] == axes, where
 
 
+def test_the_entries_that_are_shown_are_spread_over_an_axis(found):
+    """Without gaps but the last, and never more than the limits."""
+    reduced = [array for array in found[0]["arrays"] if any(array["shown"])]
+    assert len(reduced) > 20
+    for array in reduced:
+        for n, shown, axis in zip(array["shape"], array["shown"], array["axes"], strict=True):
+            if shown and axis not in ("n_vocab", "n_ctx"):
+                step = shown[1] - shown[0]
+                assert shown == [*range(0, n, step)]
+                assert 16 <= len(shown) <= arrays.MAX_COLUMNS
+
+
 def test_numbers_that_json_has_not():
     assert arrays.rounded(np.array([[1.23456789, np.nan], [np.inf, -2]])) == [[1.23457, None], [None, -2.0]]
     assert arrays.rounded(np.array([True, False])) == [1, 0]
