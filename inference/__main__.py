@@ -98,10 +98,8 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_siz
         start = chats.Conversation(model, tokenizer, flags.template, system)
         return chats.converse(start, functools.partial(make_answer, flags, tokenizer, model))
     sequences = make_sequences(flags, tokenizer, model, prompts)
-    flags.drafter = speculative.Lookup() if draft else None
-    if draft_model:
-        settings = {"models_dir": models_dir, "base_url": base_url, "backend": backend, "dtype": dtype}
-        flags.drafter = speculative.load_draft_model(draft_model, tokenizer, model, seed, **settings)
+    of_draft = tokenizer, model, seed, draft_model, models_dir, base_url, backend, dtype
+    flags.drafter = speculative.load_draft_model(*of_draft) if draft_model else speculative.Lookup() if draft else None
     if not chat and any(prompt.endswith(" ") for prompt in prompts):
         print("hint: a prompt ends in a space, which belongs to the next token: leave it out", file=sys.stderr)
     if backend != "numpy":

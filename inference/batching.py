@@ -10,6 +10,10 @@ Each sequence has a slot, its own position and its own end. `vmap` turns the for
 all slots; as the position is an argument, each slot can have another. In a step all slots compute equally many tokens:
 a slot that needs fewer is padded on the right. The padding is written after the slot's last token, where the mask
 hides it, and later tokens overwrite it.
+
+Fine-tunes of one model can share a batch: Batch(..., adapters={"poet": leaves}) and Sequence(..., adapter="poet"). The
+weights of the base model are read once for all slots. LoRA's small matrices are stacked side by side, and each slot
+uses its own columns of them (training/lora.py; Chen et al. 2023, "Punica: Multi-Tenant LoRA Serving").
 """
 
 import functools
@@ -57,7 +61,9 @@ def step_batch(model, tokens, cache, positions, adapters=None, chosen=None):
     last = numpy.array([len(some) - 1 for some in tokens], numpy.int32)
     chosen = numpy.array(chosen or [0] * len(tokens), numpy.int32)
     forward = batched(model.forward, model.backend)
-    return forward(model.params, adapters or {}, padded, cache, numpy.array(positions, numpy.int32), last, chosen)
+    return forward(
+        model.params, adapters or lora.stack([]), padded, cache, numpy.array(positions, numpy.int32), last, chosen
+    )
 
 
 class Batch:
