@@ -16,8 +16,8 @@ Encoding takes four steps, each a few lines below:
 2. Each piece becomes bytes, in UTF-8. There are only 256 bytes, all of them tokens, so there is no text that has no
    encoding. Most emoji are four bytes: two to four tokens, unless it was frequent enough for a token of its own.
 3. Within a piece, neighbouring symbols are merged: first the pair with the lowest rank, which is its place in the list
-of merges, the order in which training found it. This is repeated until no two neighbours have a rank. 4. Each symbol
-that is left has an id in encoder.json.
+   of merges, the order in which training found it. This is repeated until no two neighbours have a rank.
+4. Each symbol that is left has an id in encoder.json.
 
 Decoding joins the bytes of the tokens. A token may end in the middle of a character (the first token of an emoji does),
 so the bytes are decoded as UTF-8 only when they are all there.
@@ -93,7 +93,8 @@ class Encoder:
         self._cached_encode_piece = functools.lru_cache(maxsize=2**16)(self._encode_piece)
 
     def encode(self, text, allowed_special=()):
-        """str -> list of ids. Every text has an encoding; a lone surrogate, which UTF-8 cannot hold, counts as U+FFFD.
+        """str -> list of ids. Every text has an encoding. A lone surrogate (half of the pair of codes by which UTF-16
+        writes some characters) cannot be written in UTF-8: it counts as U+FFFD, the replacement character.
 
         "<|endoftext|>" is thirteen ordinary characters, unless allowed_special contains it: a user who types it into a
         prompt may not know that it ends a document. Raises ValueError for what is no special token.
@@ -131,9 +132,10 @@ class Encoder:
         return ids
 
     def _encode_piece(self, piece):
-        symbols = merge(spell(piece), self.ranks)
-        try:  # SmolLM2 has no token for 21 of the bytes, such as control characters: they are left out
-            return [self.ids[symbol] for symbol in symbols if symbol in self.ids or len(symbol) > 1]
+        # SmolLM2 has no token for 21 of the bytes, among them control characters: these are left out.
+        symbols = [symbol for symbol in spell(piece) if symbol in self.ids]
+        try:
+            return [self.ids[symbol] for symbol in merge(symbols, self.ranks)]
         except KeyError as missing:
             raise OSError(f"the tokenizer's files do not match: merges lead to {missing}, which has no id") from None
 

@@ -43,10 +43,11 @@ def cache_capacity(n):
 
 
 def jit(f, donate_argnums=()):
-    """f, to be called many times with arguments of the same shapes. After a call only the result is used, never the
-    arguments that were donated.
+    """f, to be called many times with arguments of the same shapes.
 
-    NumPy compiles nothing, so this is f itself. f must be pure: its result depends on its arguments alone.
+    donate_argnums are the numbers of the arguments whose memory JAX may reuse for the result (donated arguments): the
+    caller must not use them after the call. NumPy compiles nothing, so this is f itself. f must be pure: its result
+    depends on its arguments alone.
     """
     return f
 

@@ -13,7 +13,7 @@ all 48 block matrices of 124M, in milliseconds, with w in row order (C) or colum
     (w.T @ x.T).T, F            11.3  26.2  26.8  29.1  30.2  39.0
     in blocks of columns, F           18.9  20.0  22.3  28.3  39.7
 
-So the best form depends on the number of rows, and 16 rows can cost two and a half times as much as one.
+So the fastest form depends on the number of rows, and 16 rows take two and a half times as long as one.
 """
 
 import numpy
@@ -26,9 +26,9 @@ SMALL = 1_000_000  # n_rows * n_in * n_out up to which OpenBLAS multiplies witho
 
 
 def prepare(params):
-    """Lays out params for speed, in place, and returns them: each large matrix `w` becomes a ColumnMajor, `wte` a
-    Table."""
-    forms = {"w": ColumnMajor, "wte": Table}
+    """Lays out params for speed, in place, and returns them: each large matrix `w` becomes a ColumnMajor, `wte` and
+    `lm_head` a Table."""
+    forms = {"w": ColumnMajor, "wte": Table, "lm_head": Table}
 
     def lay_out(path, array):
         array = numpy.asarray(array)

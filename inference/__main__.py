@@ -43,7 +43,7 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_siz
          stop: list = (), stop_at_eos: bool | None = None, overflow: str = "error",
          num_samples: int = 1, batch: bool = False, num_beams: int = 1, length_penalty: float = 1.0,
          early_stopping: str = "false", draft: str = "", draft_model: str = "", json: bool = False, trace: int = 0,
-         chat: bool = False, system: str = ""):
+         chat: bool = False, system: str = "", adapter: str = ""):
     # fmt: on
     """GPT-2 continues your text. The new text alone goes to stdout, as it is generated; all else to stderr.
 
@@ -79,19 +79,21 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_siz
         chat: the prompt is a message, and the model answers; without one, on a terminal, it is a conversation
         system: with --chat: what the model is to know or to do in all answers
         trace: show this many candidates for each token on stderr, up to 20; 0: off
+        adapter: a folder with a LoRA for this model, made by training.finetune or by peft
     """
     flags = SimpleNamespace(**locals())
     flags.stop, flags.bad_words = as_texts(stop), as_texts(bad_words)
     if chat and isinstance(n_tokens_to_generate, LeftOut):
         flags.n_tokens_to_generate = LeftOut(N_ANSWER)
-    check(flags)
+    cli.check(rules(flags))
+    sampling.check(sampling_params(flags))
     find_dtype(dtype)
     device = backends.get(backend).setup(dtype)
     prompts = read_prompts(flags)
     if chat:  # the template first: a model that has none is not loaded
         flags.model_size = str(utils.choose_model(model_size, models_dir, base_url).resolve())
         flags.template = chats.load_template(Path(flags.model_size))
-    tokenizer, model = models.load(flags.model_size, models_dir, base_url, backend, dtype)
+    tokenizer, model = models.load(flags.model_size, models_dir, base_url, backend, dtype, adapter)
     if is_conversation(flags):
         start = chats.Conversation(model, tokenizer, flags.template, system)
         return chats.converse(start, functools.partial(make_answer, flags, tokenizer, model))
@@ -124,16 +126,9 @@ def as_texts(texts):
 # ---- The rules for flags ----
 
 
-def check(flags):
-    """Raises ValueError for a value that is out of range, and for a flag that has no effect beside another."""
-    for broken, message in rules(flags):
-        if broken:
-            raise ValueError(message)
-    sampling.check(sampling_params(flags))
-
-
 def rules(f):
-    """Yields (whether the flags break a rule, the message): first the rules for one flag, then those for several."""
+    """Yields (whether the flags break a rule, the message), for cli.check: first the rules for one flag, then those
+    for several. sampling.check has further ones."""
     yield not 1 <= f.num_samples <= 1024, f"--num_samples {f.num_samples} is out of range: 1 to 1024"
     yield not 1 <= f.num_beams <= 1024, f"--num_beams {f.num_beams} is out of range: 1 (off) to 1024"
     yield f.trace > 20, f"--trace {f.trace} is out of range: 0 (off) to 20 candidates"
@@ -305,7 +300,8 @@ def search(flags, model, prompts, sequences):
     (prompt,), (sequence,) = prompts, sequences
     found = beam.search(
         model, sequence.ids, flags.n_tokens_to_generate, flags.num_beams, length_penalty=flags.length_penalty,
-        early_stopping=STOPPING[flags.early_stopping.lower()], end_ids=sequence.end_ids, params=sequence.params,
+        early_stopping=STOPPING[flags.early_stopping.lower()], end_ids=sequence.end_ids,
+        sampling_params=sequence.sampling_params,
     )  # fmt: skip
     return [
         {"prompt": prompt, "text": sequence.tokenizer.decode(hypothesis.ids), "token_ids": hypothesis.ids,

@@ -28,7 +28,7 @@ import cli
 from backends import update
 from encoder import replace_lone_surrogates
 from inference.model import init_cache, n_positions, step
-from weights.files import read_json, read_text
+from weights.files import read_json, read_text, write_text
 from weights.gguf import read_header
 from weights.params import tree_map
 from weights.tokenizer import END_OF_TEXT, split_special
@@ -47,11 +47,15 @@ class Template(NamedTuple):
     def encode(self, tokenizer, messages):
         """The ids of [{"role": ..., "content": ...}, ...] and of the beginning of an answer. Raises OSError if the
         template fails."""
-        special, contents = tokenizer.special, [message["content"] for message in messages]
+        return tokenizer.encode_parts(self.parts(tokenizer.special, messages))
+
+    def parts(self, special, messages):
+        """What `encode` encodes: texts and the ids of special tokens, in turn, with a text at both ends."""
+        contents = [message["content"] for message in messages]
         mark = next(chr(i) for i in range(0xF0000, 0x110000) if not any(chr(i) in text for text in contents))
         guarded = [message | {"content": guard(message["content"], special, mark)} for message in messages]
         parts = split_special(self.render(guarded), special, special)
-        return tokenizer.encode_parts([p.replace(mark, "") if isinstance(p, str) else p for p in parts])
+        return [part.replace(mark, "") if isinstance(part, str) else part for part in parts]
 
     def render(self, messages):
         """The messages as one text, with the beginning of an answer at its end. Raises OSError as above."""
@@ -110,6 +114,15 @@ def read_template(folder):
     return text, {name: token for name, token in tokens.items() if isinstance(token, str)}
 
 
+def save_template(path, folder):
+    """Writes the chat template of a model, if it has one, and its special tokens into a model folder."""
+    text, names = read_gguf_template(path) if path.suffix == ".gguf" else read_template(path)
+    if text is not None:
+        write_text(folder / "chat_template.jinja", text)
+        config = folder / "tokenizer_config.json"
+        write_text(config, json.dumps((read_json(config) if config.exists() else {}) | names, indent=1) + "\n")
+
+
 def compile_template(path, text):
     """Jinja's object for a template, in an environment as transformers makes it."""
     try:
@@ -143,27 +156,39 @@ def compile_template(path, text):
 class Conversation:
     """Messages to a model and its answers, with one cache: each answer computes only what is new since the last one.
 
-    messages    the conversation so far
-    cached      the ids whose keys and values are in the cache
+    messages     the conversation so far
+    parts, ids   the last prompt and its answer: as Template.parts gives them, and as the model read and wrote them
+    cached       the ids whose keys and values are in the cache
     """
 
     def __init__(self, model, tokenizer, template, system=""):
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.beginning = as_messages("", system)
-        self.messages, self.cached, self.cache = self.beginning, [], None
+        self.messages, self.parts, self.ids = self.beginning, [""], []
+        self.cached, self.cache = [], None
 
     def prompt(self, message):
         """The ids that ask for an answer to a message. When the context is full, the conversation begins anew, and
         a line on stderr says so. Raises ValueError for a message that is too long even then."""
         n_ctx = self.model.n_ctx
-        ids = self.template.encode(self.tokenizer, [*self.messages, *as_messages(message)])
+        ids = self.encode([*self.messages, *as_messages(message)])
         if len(ids) >= n_ctx and self.messages != self.beginning:
             print(f"the conversation has filled the context of {n_ctx} tokens: it begins anew", file=sys.stderr)
             self.messages = self.beginning
-            ids = self.template.encode(self.tokenizer, [*self.messages, *as_messages(message)])
+            ids = self.encode([*self.messages, *as_messages(message)])
         if len(ids) >= n_ctx:
             raise ValueError(f"the message makes a prompt of {len(ids)} tokens, the context has {n_ctx}: shorten it")
         return ids
+
+    def encode(self, messages):
+        """Template.encode, but an answer keeps the ids with which the model wrote it: its text may have others, too."""
+        parts = self.template.parts(self.tokenizer.special, messages)
+        n, before, ids = len(self.parts), self.parts, self.ids
+        self.parts, self.ids = parts, None
+        if ids and parts[: n - 1] == before[:-1] and parts[n - 1].startswith(before[-1]):
+            rest = ["", parts[n - 1].removeprefix(before[-1]), *parts[n:]]  # "": the rest is not the text's beginning
+            return ids + self.tokenizer.encode_parts(rest)
+        return self.tokenizer.encode_parts(parts)
 
     def answer(self, message, sequence):
         """Yields the answer piece by piece. `sequence` is a Sequence of self.prompt(message)."""
@@ -178,6 +203,7 @@ class Conversation:
                 yield sequence.accept(self.model.backend.to_numpy(logits))
                 tokens = sequence.ids[-1:]
         finally:  # also if the caller wants no more
+            self.parts, self.ids = [*self.parts[:-1], self.parts[-1] + sequence.text], sequence.ids
             self.messages = [*self.messages, *as_messages(message), {"role": "assistant", "content": sequence.text}]
 
     def make_room(self, n_tokens):

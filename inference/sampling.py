@@ -7,7 +7,7 @@ Eight of them change the logits. Each changes nothing at its neutral value. They
 
 A banned token gets the logit -inf, so its probability is 0. Then `sample` draws a token with a coin: a number, uniform
 in [0, 1), that the caller draws. So these functions are not random themselves, and both backends choose the same token
-for the same coin.
+for the same coin. In this file `params` are SamplingParams; elsewhere the word means the weights of a model.
 
 The behaviour is that of the logits processors of Hugging Face's transformers, which users know. Where it differs from
 the papers, the function says so (Keskar et al. 2019, "CTRL", section 4.1; Fan et al. 2018, "Hierarchical Neural Story
@@ -94,7 +94,7 @@ def bad_words(logits, ids, sequences):
 
 
 def process(logits, ids, n_new, params):
-    """The processors above, in order. ids: all so far, of which the last n_new are new.
+    """The processors above, in order. ids: all so far, of which the last n_new are new; params: SamplingParams.
 
     Raises ValueError if no token is left, and FloatingPointError if the logits are not finite numbers, which only
     broken weights cause.

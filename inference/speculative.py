@@ -100,10 +100,10 @@ class DraftModel(Drafter):
         self.cache = self.cache or init_cache(self.model, len(ids) + sequence.n_tokens_to_generate)
         for n_new in range(n_before, min(n_before + n, sequence.n_tokens_to_generate)):
             try:
-                logits = sampling.process(self._logits(ids), ids, n_new, sequence.params)
+                logits = sampling.process(self._logits(ids), ids, n_new, sequence.sampling_params)
             except ValueError:  # every token is banned: a mistake of the user's only if the text really comes to this
                 break
-            draft.append(self._guess(logits, n_new, sequence.params))
+            draft.append(self._guess(logits, n_new, sequence.sampling_params))
             ids.append(draft[-1][0])
         return draft
 

@@ -104,10 +104,10 @@ def test_scores_are_what_they_say(subject):
 def test_what_is_banned_is_not_found(golden):
     params, n_head, case = golden["params"], golden["hparams"]["n_head"], golden["cases"][0]
     model, first = model_of(params, n_head), case["greedy_24"][0]
-    for found in beam.search(model, case["ids"], 6, 3, params=SamplingParams(bad_words=((first,),))):
+    for found in beam.search(model, case["ids"], 6, 3, sampling_params=SamplingParams(bad_words=((first,),))):
         assert first not in found.ids
     ended = beam.search(
-        model, case["ids"], 6, 3, end_ids=[first], params=SamplingParams(min_new_tokens=4, end_ids=(first,))
+        model, case["ids"], 6, 3, end_ids=[first], sampling_params=SamplingParams(min_new_tokens=4, end_ids=(first,))
     )
     assert min(len(h.ids) for h in ended) >= 4
 

@@ -79,7 +79,7 @@ def check_random_texts(models, n_cases, seed):
         for drafter in drafters(models, options["seed"], rng) + drafters(models, options["seed"], rng):
             sequence = Sequence(*arguments, **options)
             found = what_came(speculative.generate(models[0], sequence, drafter, overflow), sequence)
-            if isinstance(drafter, Lookup) or sequence.params.temperature == 0:
+            if isinstance(drafter, Lookup) or sequence.sampling_params.temperature == 0:
                 assert found == expected, (arguments, options)
                 assert np.allclose(sequence.log_probabilities, alone.log_probabilities, atol=1e-4)
             else:
@@ -305,12 +305,12 @@ def test_jax_compiles_three_programs_before_the_third_token(golden, monkeypatch)
     """One for the prompt, one for a draft, and one for a single token, which comes when the first guess is wrong."""
     traced, forward = [], kv_cache.forward
     monkeypatch.setattr(kv_cache, "forward", lambda *a, **k: traced.append(len(a[1])) or forward(*a, **k))
-    kv_cache.compiled.cache_clear()
+    kv_cache.forward_on.cache_clear()
     model, seen = model_of(golden["params"], golden["hparams"]["n_head"], "jax"), []
     sequence = Sequence(golden["encoder"], [5, 6, 7] * 3, 60)
     for _ in speculative.generate(model, sequence, Lookup()):
         seen.append([*traced])
-    kv_cache.compiled.cache_clear()
+    kv_cache.forward_on.cache_clear()
     assert seen[1] == [16, 8]
     assert sorted(seen[-1]) == [1, 8, 16]
 
