@@ -76,9 +76,9 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_siz
         draft: lookup: guess tokens from the text itself and check several at once: faster, the same text
         draft_model: a smaller model with the same tokenizer, such as 124M beside 1558M, that guesses tokens
         json: a JSON object a line: prompt, text, token_ids, log_probabilities (score), stop_reason, seconds
+        trace: show this many candidates for each token on stderr, up to 20; 0: off
         chat: the prompt is a message, and the model answers; without one, on a terminal, it is a conversation
         system: with --chat: what the model is to know or to do in all answers
-        trace: show this many candidates for each token on stderr, up to 20; 0: off
         adapter: a folder with a LoRA for this model, made by training.finetune or by peft
     """
     flags = SimpleNamespace(**locals())
