@@ -484,8 +484,10 @@ def test_bodies_that_are_no_request(server):
     is_refused(server.http.get("/v1/models/gpt-4"), 404, "model")
     is_refused(server.http.get("/v1/models", headers={"Host": "evil.example:8000"}), 403, None)
     assert "access-control-allow-origin" not in server.http.get("/v1/models", headers={"Origin": "http://x"}).headers
-    flood = server.http.get("/health", headers={f"X-{i}": "y" * 1000 for i in range(1000)})
-    assert flood.status_code in (400, 431)
+    with contextlib.suppress(httpx.TransportError):  # or the server closes the connection while more is being sent
+        flood = server.http.get("/health", headers={f"X-{i}": "y" * 1000 for i in range(1000)})
+        assert flood.status_code in (400, 431)
+    assert server.http.get("/health").status_code == 200
 
 
 ERRORS = {
@@ -511,7 +513,7 @@ def test_all_tokens_banned_is_the_clients_mistake(server, monkeypatch):
 
 
 def banning(job, words):
-    return job.params._replace(bad_words=words)
+    return job.sampling_params._replace(bad_words=words)
 
 
 # ---- Mutations ----
