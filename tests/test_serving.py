@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import json
 import os
 import random
@@ -505,7 +506,9 @@ def test_errors_by_type(server, kind):
 
 def test_all_tokens_banned_is_the_clients_mistake(server, monkeypatch):
     every = tuple((i,) for i in range(2048))
-    monkeypatch.setattr("inference.jobs.Job._coin", lambda job: setattr(job, "params", banning(job, every)) or 0.5)
+    monkeypatch.setattr(
+        "inference.jobs.Job._coin", lambda job: setattr(job, "sampling_params", banning(job, every)) or 0.5
+    )
     with pytest.raises(openai.BadRequestError, match="every token is banned"):
         server.client.completions.create(model="3M", prompt="x", max_tokens=3)
     monkeypatch.undo()
