@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import concurrent.futures
+import copy
 import json
 import os
 import random
@@ -535,7 +536,7 @@ def mutated(rng):
         while isinstance(place.get(key), dict) and place[key] and rng.random() < 0.5:
             place = place[key]
             key = rng.choice([*place])
-        place[key] = rng.choice(ODD)
+        place[key] = copy.deepcopy(rng.choice(ODD))
         if rng.random() < 0.2:
             place.pop(key)
     return path, body
