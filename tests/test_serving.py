@@ -4,6 +4,7 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import json
 import os
 import random
@@ -540,7 +541,7 @@ def mutated(rng):
         while isinstance(place.get(key), dict) and place[key] and rng.random() < 0.5:
             place = place[key]
             key = rng.choice([*place])
-        place[key] = rng.choice(ODD)
+        place[key] = copy.deepcopy(rng.choice(ODD))
         if rng.random() < 0.2:
             place.pop(key)
     return path, body
