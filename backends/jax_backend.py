@@ -10,6 +10,7 @@ from backends.jax_layout import prepare
 
 __all__ = ["prepare"]  # lays out the matrices of a model for speed, in place: see jax_layout.py
 COMPILES = True  # whether each new combination of shapes costs the compilation of a program
+ROW_COSTS = {1: 1.0, 8: 1.5}  # few entries, as each number of rows is a program
 
 
 def setup(dtype="float32"):

@@ -12,6 +12,8 @@ from weights.params import flatten, tree_map
 
 __all__ = ["prepare"]  # lays out the matrices of a model for speed, in place: see numpy_layout.py
 COMPILES = False  # whether each new combination of shapes costs the compilation of a program
+# {rows of a pass that checks a draft: its time, in passes of one row}, of 124M on two cores
+ROW_COSTS = {1: 1.0, 2: 1.7, 4: 1.8, 8: 2.1}
 
 
 def setup(dtype="float32"):
@@ -41,10 +43,11 @@ def cache_capacity(n):
 
 
 def jit(f, donate_argnums=()):
-    """f, to be called many times with arguments of the same shapes. After a call only the result is used, never the
-    arguments that were donated.
+    """f, to be called many times with arguments of the same shapes.
 
-    NumPy compiles nothing, so this is f itself. f must be pure: its result depends on its arguments alone.
+    donate_argnums are the numbers of the arguments whose memory JAX may reuse for the result (donated arguments): the
+    caller must not use them after the call. NumPy compiles nothing, so this is f itself. f must be pure: its result
+    depends on its arguments alone.
     """
     return f
 

@@ -20,7 +20,7 @@ Transformer Inference", section 2). What is new in this file is marked by the th
 
 import functools
 
-import numpy
+import numpy  # NumPy itself; np, below, follows its arguments
 
 import backends
 from backends import namespace_of, np, update
@@ -111,8 +111,9 @@ def forward(params, tokens, cache, position, last=None, *, n_head, jit=lambda f:
 
 
 @functools.lru_cache
-def compiled(n_head, library):
-    """`forward` for a backend, compiled once in a process for all calls of the same shapes."""
+def forward_on(n_head, library):
+    """`forward` as a backend runs it: compiled by JAX, once in a process for all calls of the same shapes; as it is by
+    NumPy."""
     step = library.jit(functools.partial(forward, n_head=n_head, jit=library.jit), donate_argnums=(2,))
     return library.tune(step)
 
@@ -122,7 +123,7 @@ def make_model(params, hparams, library, end_ids=(), stop_at_eos=False):
     only n_head is used: params tell the other sizes."""
     n_head, n_vocab, n_ctx = hparams["n_head"], params["wte"].shape[0], params["wpe"].shape[0]
     empty = functools.partial(init_cache, n_head=n_head)
-    return Model(params, compiled(n_head, library), empty, n_vocab, n_ctx, end_ids, stop_at_eos, library)
+    return Model(params, forward_on(n_head, library), empty, n_vocab, n_ctx, end_ids, stop_at_eos, library)
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, backend="numpy"):

@@ -15,6 +15,7 @@ import numpy
 
 import backends
 import utils
+from training import lora
 from weights.params import architecture, cast
 
 ARCHITECTURES = {"gpt2": "inference.kv_cache", "llama": "variants.llama"}  # the module that computes each
@@ -25,8 +26,9 @@ class Model(NamedTuple):
     """A model on a backend, ready to generate.
 
     params       a tree of the backend's arrays
-    forward      (params, tokens [n_seq], cache, position, last) -> (logits of tokens[last], [n_vocab], cache).
-                 Compiled, if the backend compiles; the cache is donated.
+    forward      (params, tokens [n_seq], cache, position, last) -> (logits of tokens[last], [n_vocab], cache); with
+                 last None, the logits of all tokens, [n_seq, n_vocab]. Compiled, if the backend compiles. The new cache
+                 may be made in the memory of the old one: after a call, use only the cache that is returned.
     init_cache   (params, n_cache) -> an empty cache with room for n_cache positions: for each layer a pair of keys
                  [n_head, d_head, n_cache] and values [n_head, n_cache, d_head]
     n_vocab      the number of logits; n_ctx: the number of positions that the model can use
@@ -44,17 +46,31 @@ class Model(NamedTuple):
     backend: Any
 
 
-def load(model_size="", models_dir=None, base_url=None, backend="numpy", dtype="float32"):
+def load(model_size="", models_dir=None, base_url=None, backend="numpy", dtype="float32", adapter=""):
     """(tokenizer, Model) of a model by its name.
 
-    Without a name it is 124M, or the embedded model if 124M cannot be had. Raises ValueError and OSError as
-    utils.load_encoder_hparams_and_params does, for an unknown backend and for an unknown dtype.
+    `adapter` is a folder with a LoRA (weights/peft.py), which is merged into the weights.
+    Without a name it is 124M, or 3M, which comes with this repository, if 124M cannot be had. Raises ValueError and
+    OSError as utils.load_encoder_hparams_and_params does, for an unknown backend and for an unknown dtype.
     """
     library = backends.get(backend)
     folder = utils.choose_model(model_size, models_dir, base_url)
     tokenizer, hparams, params = utils.load_folder(folder)
+    params = lora.merge_folder(params, adapter) if adapter else params
     params = library.prepare(cast(params, dtype))  # the same name, so that no variable keeps the old arrays in memory
     return tokenizer, make_model(params, hparams, library, *utils.read_ending(folder, tokenizer, hparams))
+
+
+def load_adapters(folder, adapters):
+    """{name: leaves} for a Batch from texts NAME=FOLDER, each a LoRA of the model in `folder`. Raises ValueError for
+    another form, and as lora.load does."""
+    found = {}
+    for text in adapters:
+        name, _, path = text.partition("=")
+        if not name or not path or name in found:
+            raise ValueError(f"--adapter {text!r:.80}: give NAME=FOLDER, each name once")
+        found[name] = lora.load(path, utils.load_folder(folder)[2])
+    return found
 
 
 def make_model(params, hparams, library, end_ids=(), stop_at_eos=False):
@@ -85,16 +101,16 @@ def step(model, tokens, cache, position):
     return logits, cache
 
 
-def forward(model, tokens, cache, position):
+def forward(model, tokens, cache, position, all_logits=False):
     """The same in one forward pass.
 
     A prompt is padded to one of few lengths, each of which JAX compiles once. The padding fills later slots of the
-    cache, which the mask hides and later tokens overwrite.
+    cache, which the mask hides and later tokens overwrite. all_logits: those after each token, of the padding too.
     """
     n_padded = min(model.backend.bucket_length(len(tokens)), n_positions(cache) - position)
     padded = numpy.zeros(n_padded, numpy.int32)
     padded[: len(tokens)] = tokens
-    return model.forward(model.params, padded, cache, position, len(tokens) - 1)
+    return model.forward(model.params, padded, cache, position, None if all_logits else len(tokens) - 1)
 
 
 def greedy(model, inputs, n_tokens_to_generate):

@@ -1,9 +1,10 @@
 """The forward pass of training: the layers of gpt2.py, or of variants/llama.py, in the same order, with dropout between
 them.
 
-It differs from gpt2.gpt2 in two places. Dropout sets some activations to 0, so that the model does not learn its texts
-by heart. And attention skips most of the scores that the causal mask hides: the backward pass keeps and goes through
-everything that the forward pass computed, so leaving something out saves time and memory twice.
+It differs from gpt2.gpt2 in two places. Dropout sets some activations (the numbers that pass from layer to layer) to 0,
+so that the model does not learn its texts by heart. And attention skips most of the scores that the causal mask hides:
+the backward pass needs all results of the forward pass, and computes a gradient for each, so a result that is left out
+saves time and memory in both.
 
     forward = forward_of(hparams)                    the one place in training/ that knows architectures
     logits = forward(params, inputs)                 [n_seq] -> [n_seq, n_vocab], without dropout
@@ -14,7 +15,7 @@ import functools
 import itertools
 import math
 
-import numpy
+import numpy  # NumPy itself; np, below, follows its arguments
 
 import gpt2
 from backends import np
@@ -35,24 +36,34 @@ def mha(x, c_attn, c_proj, n_head):
     return gpt2.linear(gpt2.merge_heads(x), **c_proj)  # [n_head, n_seq, d_head] -> [n_seq, n_embd]
 
 
-def forward(params, inputs, n_head, drop=no_dropout):
-    """gpt2.gpt2 with the function `drop` applied to the embeddings and to what attention and mlp add in each block:
-    [n_seq] ids -> [n_seq, n_vocab] logits."""
+def hidden(params, inputs, n_head, drop=no_dropout):
+    """All of gpt2.gpt2 but the logits, with the function `drop` applied to the embeddings and to what attention and mlp
+    add in each block: [n_seq] ids -> [n_seq, n_embd]."""
     x = drop(gpt2.embed(inputs, params["wte"], params["wpe"]))  # [n_seq] -> [n_seq, n_embd]
     for block in params["blocks"]:
         x = x + drop(mha(gpt2.layer_norm(x, **block["ln_1"]), **block["attn"], n_head=n_head))
         x = x + drop(gpt2.ffn(gpt2.layer_norm(x, **block["ln_2"]), **block["mlp"]))
-    return gpt2.unembed(gpt2.layer_norm(x, **params["ln_f"]), params["wte"])  # [n_seq, n_embd] -> [n_seq, n_vocab]
+    return gpt2.layer_norm(x, **params["ln_f"])
 
 
-def llama_forward(params, inputs, config, drop=no_dropout):
+def llama_hidden(params, inputs, config, drop=no_dropout):
     """The same for variants.llama.llama."""
     x, eps = drop(llama.embed(inputs, params["wte"])), config["eps"]
     where = llama.whole(len(inputs), config, x.dtype)
     for block in params["blocks"]:
         x = x + drop(llama.gqa(llama.rms_norm(x, **block["ln_1"], eps=eps), **block["attn"], config=config, **where))
         x = x + drop(llama.swiglu(llama.rms_norm(x, **block["ln_2"], eps=eps), **block["mlp"]))
-    return llama.final(x, params["wte"], params["ln_f"], params.get("lm_head"), eps=eps)
+    return llama.rms_norm(x, **params["ln_f"], eps=eps)
+
+
+def forward(params, inputs, n_head, drop=no_dropout):
+    """gpt2.gpt2 with dropout: [n_seq] ids -> [n_seq, n_vocab] logits."""
+    return gpt2.unembed(hidden(params, inputs, n_head, drop), params["wte"])  # [n_seq, n_embd] -> [n_seq, n_vocab]
+
+
+def llama_forward(params, inputs, config, drop=no_dropout):
+    """The same for variants.llama.llama."""
+    return gpt2.unembed(llama_hidden(params, inputs, config, drop), params.get("lm_head", params["wte"]))
 
 
 # ---- The architectures ----
@@ -99,6 +110,14 @@ def shorten(hparams, params, n_ctx):
     return hparams | {"n_ctx": n_ctx}, params | ({"wpe": params["wpe"][:n_ctx]} if "wpe" in params else {})
 
 
+def hidden_of(hparams):
+    """The function (params, inputs, drop=...) -> [n_seq, n_embd], what the logits are computed from, for the
+    architecture that has these hyperparameters."""
+    if architecture(hparams) == "llama":
+        return functools.partial(llama_hidden, config=hparams)
+    return functools.partial(hidden, n_head=hparams["n_head"])
+
+
 def forward_of(hparams):
     """The function (params, inputs, drop=...) -> logits for the architecture that has these hyperparameters."""
     if architecture(hparams) == "llama":
@@ -112,7 +131,7 @@ def forward_of(hparams):
 def dropout(rate, key):
     """A function of x, [n_seq, n_embd], that sets each number to 0 with probability `rate` and divides the others by
     1 - rate, so that the mean stays as it was (Srivastava et al. 2014, section 10). Any number may be missing, so the
-    model cannot come to depend on a particular pair of numbers. Each call draws anew; key is one row of
+    model cannot come to depend on a particular pair of numbers. Each call draws other numbers; key is one row of
     dropout_keys."""
     if rate == 0:
         return lambda x: x

@@ -35,10 +35,10 @@ from training import step as step_library
 from training.model import HPARAMS, architecture_faults, forward_of, shorten
 from utils import save_tokenizer
 from weights.files import locked, new_folder, replacing
-from weights.params import flatten, tree_map, unflatten
+from weights.params import flatten, leaf_name, tree_map, unflatten
 
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 192, "n_ctx": 256}
-# Not compared on --resume. The sizes are compared as hparams.
+# Settings that --resume may change. The sizes are compared too, as hparams.
 FREE = ("data", "out", "n_steps", "patience", "resume", "architecture", "n_head_kv", *SIZES)
 N_EVALUATED = 65_536  # tokens of each part of the data, at most, for an evaluation
 
@@ -49,7 +49,7 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
          init_from: str = "", n_steps: int = 1500, batch_size: int = 32, micro_batch_size: int | None = None,
          learning_rate: float = 2e-3, warmup: int = 100, beta2: float = 0.99, weight_decay: float = 0.1,
          clip: float = 1.0, dropout: float = 0.1, dtype: str = "float32", eval_every: int = 100, patience: int = 0,
-         seed: int = 0, backend: str = "", resume: bool = False):
+         seed: int = 0, backend: str = "", resume: bool = False, train_only: str = ""):
     # fmt: on
     """Trains a model on a folder made by `python -m training.data`, and saves it in OpenAI's and Hugging Face's layout.
 
@@ -71,17 +71,18 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
         beta2: how slowly AdamW forgets squared gradients, 0 to less than 1; 0.95 to 0.999 is usual
         weight_decay: how much a matrix is pulled towards 0, times the learning rate
         clip: the largest norm of a gradient; a larger one is scaled down to it
-        dropout: the share of activations to set to 0 while training, 0 to less than 1
+        dropout: the share of the numbers between layers to set to 0 while training, 0 to less than 1
         dtype: float32, or bfloat16 with float32 master weights
         eval_every: steps from one evaluation, sample and save to the next
         patience: stop after so many evaluations without a lower validation loss; 0: never
         seed: the same seed trains the same model on the same machine
         backend: numpy or jax; left out: jax if it is installed, else numpy
         resume: go on from the last save in --out; give the other flags as before, but for a larger --n_steps
+        train_only: beside --init_from: train what this expression is found in the name of: "blocks.[4-5].*|ln_f.*"
     """
     settings = SimpleNamespace(**locals())
     settings.backend = backend or ("jax" if importlib.util.find_spec("jax") else "numpy")
-    check(settings)
+    cli.check(rules(settings))
     print(backends.get(settings.backend).setup(dtype), file=sys.stderr)
     try:
         with locked(out):
@@ -97,15 +98,8 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
         raise MemoryError("try a smaller --micro_batch_size (the same result), --n_ctx or --n_embd") from None
 
 
-def check(settings):
-    """Raises ValueError for a value out of its range, and for a flag that has no effect beside another."""
-    for wrong, message in faults(settings):
-        if wrong:
-            raise ValueError(message)
-
-
-def faults(s):
-    """Pairs (whether settings s have this fault, its message)."""
+def rules(s):
+    """Yields (whether the settings break a rule, the message), for cli.check."""
     sizes = [name for name in SIZES if getattr(s, name) is not None]
     yield not s.data, "name the folder that python -m training.data made"
     for name in (*sizes, "n_steps", "batch_size", "eval_every"):
@@ -124,6 +118,7 @@ def faults(s):
     sizes += ["architecture"] * bool(s.architecture)
     fixed = [name for name in sizes if name != "n_ctx"]
     yield s.init_from and fixed, f"--{''.join(fixed[:1])} has no effect: --init_from decides"
+    yield s.train_only and not s.init_from, "--train_only freezes weights: name those to start from with --init_from"
     yield s.seed >= 2**32, f"--seed {s.seed} is out of range: 0 to {2**32 - 1}"
 
 
@@ -153,9 +148,10 @@ class Run:
         s, library = settings, backends.get(settings.backend)
         self.settings, self.folder, self.library, self.seconds = s, Path(s.out), library, []
         self.encoder, self.ids, self.hparams, params = starting_point(s)
+        params, self.frozen = step_library.freeze(library, params, s.train_only)
         # Copies, because JAX's step overwrites its state.
         self.state = optimizer.init_state(tree_map(np.array, library.asarray(params)))
-        on_cpu = "cpu" in str(self.state["params"]["wte"].device).lower()
+        on_cpu = "cpu" in str(next(iter(flatten(self.state).values())).device).lower()
         forward, n_ctx = forward_of(self.hparams), self.hparams["n_ctx"]
         micro_batch_size = s.micro_batch_size or (math.gcd(s.batch_size, 4) if on_cpu else s.batch_size)
         loss_of = step_library.make_loss(library, forward, s.dropout, s.dtype)
@@ -188,7 +184,7 @@ class Run:
         if self.settings.n_steps < counters["step"]:
             raise ValueError(f"--n_steps {self.settings.n_steps} is fewer than this run has done: {counters['step']}")
         self.counters = counters
-        state = unflatten({path: arrays[saves.array_name(path)] for path in flatten(self.state)})
+        state = unflatten({path: arrays[leaf_name(path)] for path in flatten(self.state)})
         self.state = tree_map(np.array, self.library.asarray(state))
         saves.rewind_metrics(self.folder, counters["step"])
 
@@ -214,7 +210,7 @@ class Run:
         s, n_done, began = self.settings, self.counters["step"], time.perf_counter()
         batch = data.draw(self.ids["train"], self.hparams["n_ctx"], s.batch_size, s.seed, n_done)
         rate = optimizer.learning_rate(n_done, s.learning_rate, s.warmup, s.n_steps)
-        self.state, loss = self.step(self.state, batch, n_done, rate)
+        self.state, loss = self.step(self.state, batch, n_done, rate, *self.frozen)
         loss = float(loss)  # waits for JAX
         self.seconds.append(time.perf_counter() - began)
         self.counters["step"] = n_done + 1
@@ -248,7 +244,7 @@ class Run:
     def evaluate(self):
         """Computes both losses, without dropout, and prints them with a sample. Saves the run, and the model if its
         validation loss is the lowest so far."""
-        counters, params = self.counters, self.state["params"]
+        counters, params = self.counters, step_library.join(self.state["params"], *self.frozen)
         losses = {name: self.mean_loss(params, self.windows[name]) for name in data.PARTS}
         for name, loss in losses.items():
             self.require_finite(loss, f"loss on {name}.bin")
@@ -274,7 +270,7 @@ class Run:
 
     def sample(self):
         """A text that the model generates at temperature 0.8, from <|endoftext|> on."""
-        params = self.library.to_numpy(self.state["params"])
+        params = self.library.to_numpy(step_library.join(self.state["params"], *self.frozen))
         end_ids = [] if self.encoder.end_of_text is None else [self.encoder.end_of_text]
         start, n = end_ids or [0], min(40, self.hparams["n_ctx"] - 1)
         warm = sampling.SamplingParams(temperature=0.8)

@@ -249,15 +249,16 @@ def forward(params, tokens, cache, position, last=None, *, config, jit=lambda f:
 
 
 @functools.lru_cache
-def compiled(config, library):
-    """`forward` for a backend and a config, as JSON: compiled once in a process for all calls of the same shapes."""
+def forward_on(config, library):
+    """`forward` for a config, as JSON, as a backend runs it: compiled by JAX, once in a process for all calls of the
+    same shapes; as it is by NumPy."""
     step = functools.partial(forward, config=json.loads(config), jit=library.jit)
     return library.tune(library.jit(step, donate_argnums=(2,)))
 
 
 def make_model(params, config, library, end_ids=(), stop_at_eos=False):
     """The Model of params that are on the backend `library` already."""
-    step, empty = compiled(json.dumps(config), library), functools.partial(init_cache, config=config)
+    step, empty = forward_on(json.dumps(config), library), functools.partial(init_cache, config=config)
     return Model(params, step, empty, config["n_vocab"], config["n_ctx"], end_ids, stop_at_eos, library)
 
 

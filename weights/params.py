@@ -6,6 +6,7 @@ and indices on the way to it: ("blocks", 0, "attn", "c_attn", "w") is params["bl
 
 import functools
 import operator
+import re
 
 import numpy as np
 
@@ -114,7 +115,8 @@ def tree_map(f, *trees):
     if isinstance(first, dict):
         return {key: tree_map(f, *(tree[key] for tree in trees)) for key in first}
     if isinstance(first, (list, tuple)):
-        return type(first)(tree_map(f, *parts) for parts in zip(*trees, strict=True))
+        make = getattr(first, "_make", type(first))  # a NamedTuple takes its parts one by one
+        return make([tree_map(f, *parts) for parts in zip(*trees, strict=True)])
     return f(*trees)
 
 
@@ -135,6 +137,29 @@ def unflatten(leaves):
         parts.setdefault(key, {})[tuple(rest)] = leaf
     parts = {key: unflatten(part) for key, part in parts.items()}
     return [parts[i] for i in range(len(parts))] if 0 in parts else parts
+
+
+def leaf_name(path):
+    """("blocks", 0, "ln_1", "g") -> "blocks.0.ln_1.g" """
+    return ".".join(map(str, path))
+
+
+def named_leaves(tree):
+    """{"blocks.0.ln_1.g": leaf, ...}: the tree as one dict, from which leaves are chosen by their names."""
+    return {leaf_name(path): leaf for path, leaf in flatten(tree).items()}
+
+
+def from_names(leaves):
+    """The inverse of named_leaves, for a tree of dicts and lists."""
+    return unflatten({tuple(int(k) if k.isdigit() else k for k in name.split(".")): x for name, x in leaves.items()})
+
+
+def matching(pattern, names):
+    """The names that the regular expression `pattern` is found in. Raises ValueError if it is none."""
+    try:
+        return [name for name in names if re.search(pattern, name)]
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
 
 
 def replace_leaves(f, tree):
