@@ -26,6 +26,8 @@ from inference.generate import Sequence, generate
 from inference.sampling import SamplingParams
 from inference.scheduling import QueueFull
 from serving.__main__ import main
+from training import lora
+from weights.params import from_names, named_leaves
 
 ONCE = "Once upon a time"
 
@@ -578,6 +580,29 @@ def test_a_server_with_a_key(storyteller):
             server.client.with_options(api_key="wrong").models.list()
 
 
+def test_adapters_are_models_of_their_own(storyteller):
+    """Beside the base model, in the same batch, and with the same prompt, whose cache they do not share."""
+    encoder, hparams, params = storyteller
+    rng, name = np.random.default_rng(0), "blocks.2.mlp.c_fc"
+    leaves = {f"{name}.lora_{part}": 0.3 * rng.normal(size=shape).astype(np.float32)
+              for part, shape in (("a", (192, 4)), ("b", (4, 768)))}  # fmt: skip
+    merged = lora.merge(from_names(named_leaves(params) | leaves))
+    prompt = "Once upon a time there was a little girl named Lily. She had a red ball and a dog. One day"
+    with running(storyteller=storyteller, adapters={"poet": leaves}) as server:
+        assert [model.id for model in server.client.models.list()] == ["3M", "poet"]
+
+        def ask_model(name):
+            answer = server.client.completions.create(model=name, prompt=prompt, max_tokens=20, temperature=0)
+            assert answer.model == name
+            return answer.choices[0].text
+
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(ask_model, ["3M", "poet"] * 3))
+    expected = [alone((encoder, hparams, weights), prompt, 20).text for weights in (params, merged)]
+    assert expected[0] != expected[1]
+    assert found == expected * 3
+
+
 def test_a_model_without_a_template(storyteller):
     with running(storyteller=storyteller, template=None) as server:
         is_refused(server.post({"model": "3M"} | NAMELESS, CHAT), 400, "model")
@@ -875,6 +900,8 @@ def test_bad_flags(command, tmp_path):
             (2, ["--port", "0", "--max_model_len", "257"], "--max_model_len 257 is more than n_ctx 256"),
             (2, ["--max_batch", "0"], "--max_batch 0 must be 1 to 1024"),
             (2, ["--grace", "-1"], "--grace -1.0"),
+            (2, ["--port", "0", "--adapter", "poet"], "--adapter 'poet': give NAME=FOLDER"),
+            (2, ["--port", "0", "--adapter", "poet=nowhere"], "no adapter folder 'nowhere'"),
             (2, ["--backend", "cupy"], "unknown backend 'cupy'"),
             (2, ["--dtype", "int8"], "int8"),
         ]:
