@@ -248,7 +248,7 @@ def sequence_maker(flags, tokenizer, model):
         flags, bad_words=tuple(tuple(tokenizer.encode(word)) for word in words), end_ids=model.end_ids,
         banned=utils.ids_without_token(tokenizer, model.n_vocab, model.end_ids),
     )  # fmt: skip
-    stops = flags.chat or (model.stop_at_eos if flags.stop_at_eos is None else flags.stop_at_eos)
+    stops =  (model.stop_at_eos if flags.stop_at_eos is None else flags.stop_at_eos)
     settings = {"end_ids": model.end_ids if stops else (), "stop": flags.stop, "keep_log_probabilities": flags.json}
 
     def make(ids, n_new, i):
