@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))  # so that `python docs/pictures.py` finds the mod
 
 import gpt2  # noqa: E402
 import utils  # noqa: E402
+from variants import llama  # noqa: E402
 from weights.params import param_shapes  # noqa: E402
 
 BLUE, ORANGE, GREEN, RED, GRAY, PALE = "#9ecae1", "#fdbe85", "#a8ddb5", "#e34a33", "#969696", "#f0f0f0"
@@ -269,6 +270,28 @@ def costs():
     return figure
 
 
+def rotary():
+    """Two pairs of numbers that turn with the position, and the score of a query and an equal key by distance."""
+    config = {"d_head": 4, "rope_base": 100.0, "rope_scaling": None}
+    figure, panels = plt.subplots(1, 3, figsize=(8, 3), layout="constrained", width_ratios=(1, 1, 1.5))
+    x = np.array([[1.0, 1.0, 0.0, 0.0]])  # the points (1, 0) and (1, 0)
+    turned = llama.rotary(np.repeat(x, 7, axis=0), *llama.rotations(np.arange(7), 7, config, x.dtype))
+    for i, (axes, colour, speed) in enumerate(zip(panels, (ORANGE, BLUE), ("fast", "slow"), strict=False)):
+        axes.add_patch(plt.Circle((0, 0), 1, fill=False, color=GRAY, lw=0.7))
+        for position, point in enumerate(turned[:, [i, i + 2]]):
+            arrow(axes, (0, 0), point, colour, 2)
+            axes.text(*(1.2 * point), position, ha="center", va="center")
+        axes.set(xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal", title=f"a {speed} pair")
+        axes.axis("off")
+    wide = {"d_head": 64, "rope_base": 10000.0, "rope_scaling": None}
+    ones = np.ones((200, 64))
+    keys = llama.rotary(ones, *llama.rotations(np.arange(200), 200, wide, ones.dtype))
+    panels[2].plot(keys @ keys[0] / 64, color=RED)
+    panels[2].set(xlabel="distance in tokens", ylabel="q·k / d_head", title="q = k, 32 pairs")
+    panels[2].spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def lora():
     """LoRA: a frozen matrix w, and beside it two small ones whose product is added to it."""
     figure, axes = canvas(100, 42)
@@ -318,7 +341,7 @@ def answer():
     return figure
 
 
-PICTURES = (model, residual, mask, heads, cache, coin, costs, lora, answer)
+PICTURES = (model, residual, mask, heads, cache, coin, costs, rotary, lora, answer)
 
 
 def main(folder=ROOT / "docs" / "pictures"):

