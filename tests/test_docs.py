@@ -75,6 +75,9 @@ def program(words):
         return finetune.COMMANDS[words[2]], words[3:]
     if words[0] == "-m" and (ROOT / words[1].replace(".", "/")).with_suffix(".py").exists():
         return importlib.import_module(words[1]).main, words[2:]
+    if words[:2] == ["-m", "serving"]:
+        oracle("starlette")
+        return importlib.import_module("serving.__main__").main, words[2:]
     return None, words
 
 
@@ -219,6 +222,7 @@ OPTIONAL = {
     "jinja2",
     "huggingface_hub",
 }  # the error that names them gives the command
+SERVING = {"starlette", "uvicorn", "prometheus_client"}  # requirements-serving.txt
 PEERS = {"torch", "transformers", "ctranslate2"}  # of tools.bench
 
 
@@ -233,5 +237,5 @@ def test_every_import_is_required():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             imported |= {name.split(".")[0] for name in names}
-    foreign = imported - ours - set(sys.stdlib_module_names) - OPTIONAL - PEERS
+    foreign = imported - ours - set(sys.stdlib_module_names) - OPTIONAL - PEERS - SERVING
     assert {PACKAGES.get(name, name) for name in foreign} == set(required)
