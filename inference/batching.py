@@ -61,6 +61,7 @@ class Batch:
     """
 
     def __init__(self, model, n_slots, n_tokens):
+        n_slots += -n_slots % model.backend.N_DATA  # many devices divide the slots evenly
         self.model, self.n_slots, self.n_tokens = model, n_slots, n_tokens
         self.slots = [None] * n_slots if model.backend.COMPILES else []
         self.positions, self.pending = [0] * len(self.slots), [[0]] * len(self.slots)  # pending: not in the cache yet

@@ -42,15 +42,28 @@ class Model(NamedTuple):
     backend: Any
 
 
-def load(model_size="", models_dir=None, base_url=None, backend="numpy", dtype="float32"):
+def load(model_size="", models_dir=None, base_url=None, backend="numpy", dtype="float32", mesh=""):
     """(tokenizer, Model) of a model by its name: the one place that chooses the architecture (so far there is one).
 
-    Without a name it is 124M, or the embedded model if 124M cannot be had. Raises ValueError and OSError as
-    utils.load_encoder_hparams_and_params does, for an unknown backend and for an unknown dtype.
+    Without a name it is 124M, or the embedded model if 124M cannot be had. A mesh, such as "model=2", divides the model
+    among JAX's devices (backends/sharding.py). Raises ValueError and OSError as utils.load_encoder_hparams_and_params
+    does, for an unknown backend, for an unknown dtype, and for a mesh that does not divide the devices or the heads.
     """
     library = backends.get(backend)
+    devices = make_mesh(mesh, backend) if mesh else None
     folder = utils.choose_model(model_size, models_dir, base_url)
-    return importlib.import_module(ARCHITECTURES["gpt2"]).load(folder, library, dtype)
+    module = importlib.import_module(ARCHITECTURES["gpt2"])
+    if devices is None:
+        return module.load(folder, library, dtype)
+    tokenizer, model = module.load(folder, backends.get("numpy"), dtype)
+    return tokenizer, importlib.import_module("backends.sharding").spread(model, module.forward, devices)
+
+
+def make_mesh(mesh, backend):
+    """The mesh that a text describes. Raises ValueError unless JAX computes and has such devices."""
+    if backend != "jax":
+        raise ValueError(f"--mesh {mesh} needs --backend jax: NumPy computes on one device")
+    return importlib.import_module("backends.sharding").make_mesh(mesh)
 
 
 def init_cache(model, n_tokens):

@@ -59,17 +59,21 @@ def make_step(library, loss_of, micro_batch_size, seed=0, clip=1.0, **adamw_sett
 
     The batch passes through the model in micro-batches, and their gradients are added up: the same result as all at
     once, but the memory for the activations of one micro-batch is enough (gradient accumulation). On a CPU it is also
-    faster, because the activations of few rows fit into its cache.
+    faster, because the activations of few rows fit into its cache. Where the library has many devices, each of them
+    does this with its share of the batch.
     """
 
     gradient_of = library.value_and_grad(loss_of)
 
+    def mean_gradient(params, batch, keys):
+        parts = [array.reshape(-1, micro_batch_size, array.shape[-1]) for array in (batch, keys)]
+        total = library.sum_over(lambda part: gradient_of(params, *part), parts)
+        return tree_map(lambda array: array / len(parts[0]), total)
+
     @functools.partial(library.jit, donate_argnums=0)
     def step(state, batch, n_done, rate):
         keys = dropout_keys(seed, n_done, len(batch))
-        parts = [array.reshape(-1, micro_batch_size, array.shape[-1]) for array in (batch, keys)]
-        total = library.sum_over(lambda part: gradient_of(state["params"], *part), parts)
-        loss, gradients = tree_map(lambda array: array / len(parts[0]), total)
+        loss, gradients = library.over_devices(mean_gradient, mean=True)(state["params"], batch, keys)
         gradients = optimizer.clip_by_global_norm(gradients, clip)
         return optimizer.adamw(state, gradients, n_done, rate, **adamw_settings), loss
 
@@ -78,13 +82,14 @@ def make_step(library, loss_of, micro_batch_size, seed=0, clip=1.0, **adamw_sett
 
 def make_mean_loss(library, n_head, micro_batch_size):
     """A function (params, windows [n_windows, n]) -> the mean of lm_loss over the windows, without dropout, a float."""
-    losses_of = library.jit(library.vmap(functools.partial(lm_loss, n_head=n_head), in_axes=(None, 0)))
+    losses_of = library.vmap(functools.partial(lm_loss, n_head=n_head), in_axes=(None, 0))
+    losses_of, n_rows = library.jit(library.over_devices(losses_of)), micro_batch_size * library.N_DATA
 
     def mean_loss(params, windows):
         # Rows are repeated to fill the last micro-batch: JAX would compile another program for another length.
-        missing = -len(windows) % micro_batch_size
+        missing = -len(windows) % n_rows
         rows = numpy.concatenate([windows, numpy.repeat(windows[:1], missing, 0)])
-        parts = rows.reshape(-1, micro_batch_size, windows.shape[1])  # [..., n] -> [n_parts, micro_batch_size, n]
+        parts = rows.reshape(-1, n_rows, windows.shape[1])  # [..., n] -> [n_parts, n_rows, n]
         losses = numpy.concatenate([library.to_numpy(losses_of(params, part)) for part in parts])
         return float(losses[: len(windows)].mean(dtype=numpy.float64))
 
