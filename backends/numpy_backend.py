@@ -67,6 +67,12 @@ def sum_over(f, rows):
     return functools.reduce(functools.partial(tree_map, operator.add), numpy_threads.parallel_map(f, parts))
 
 
+def rows(read, shape):
+    """A batch of `shape`, whose rows read(slice) reads: all of them. Many devices divide them, and each process reads
+    those of its own devices (sharding.py)."""
+    return read(slice(None))
+
+
 def over_devices(f, mean=False):
     """f(params, *rows), where each device computes its share of the rows of a batch: f itself, on one device. f returns
     a result for each row, or with mean=True a pair of means over its rows: a loss and its gradient, a tree as params.

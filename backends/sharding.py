@@ -31,7 +31,6 @@ matrix that is cut by rows is an object that stands for w in `x @ w`: its produc
 import fnmatch
 import functools
 import math
-from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -39,7 +38,7 @@ import numpy
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from backends import jax_backend
+from backends import jax_backend, parts
 
 AXES = ("data", "fsdp", "model")  # neighbours, which have the fastest connections, are along the last one
 BATCH = ("data", "fsdp")  # both divide the rows of a batch
@@ -87,80 +86,6 @@ def make_mesh(text=""):
 def divisors(n):
     """What may divide n things, as text for an error."""
     return f"choose {', '.join(str(i) for i in range(1, n + 1) if n % i == 0)}"
-
-
-# ---- Parts of parameters, inside shard_map ----
-
-
-@dataclass
-class Part:
-    """One device's part of a parameter, which stands for the whole in a formula. `fsdp` is the axis that fsdp has cut,
-    or None."""
-
-    array: jax.Array
-    fsdp: int | None = field(metadata={"static": True})
-
-    def astype(self, dtype):
-        return replace(self, array=self.array.astype(dtype))
-
-    def gathered(self):
-        """The parts of the devices along fsdp, joined. JAX derives the gradient: that of the joined array is summed
-        over the devices, and each keeps its part (reduce-scatter)."""
-        return self.array if self.fsdp is None else jax.lax.all_gather(self.array, "fsdp", axis=self.fsdp, tiled=True)
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class Gathered(Part):
-    """A parameter whose only cut that matters in a formula is that of fsdp."""
-
-    def __jax_array__(self):  # what JAX calls for x @ w, x + b, g * x
-        return self.gathered()
-
-    def __getitem__(self, place):
-        return self.gathered()[place]
-
-    @property
-    def T(self):
-        return self.gathered().T
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class Rows(Part):
-    """Those rows of w that multiply the columns of x which this device has computed: the product is one term of the sum
-    that x @ w is."""
-
-    def __rmatmul__(self, x):
-        return jax.lax.psum(x @ self.gathered(), "model")
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class Table(Part):
-    """Some rows of wte, in wte[ids] and x @ wte.T. The whole has n_vocab rows, and padding after them."""
-
-    n_vocab: int = field(metadata={"static": True})
-
-    def __getitem__(self, ids):
-        rows = self.gathered()
-        places = ids - jax.lax.axis_index("model") * len(rows)
-        is_here = ((places >= 0) & (places < len(rows)))[..., None]
-        return jax.lax.psum(jax.numpy.where(is_here, rows[places], 0), "model")
-
-    @property
-    def T(self):
-        return Columns(self.array, self.fsdp, self.n_vocab)
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class Columns(Table):
-    """Table.T: each device computes the logits of its tokens, and they are gathered."""
-
-    def __rmatmul__(self, x):
-        logits = x @ self.gathered().T
-        return jax.lax.all_gather(logits, "model", axis=x.ndim - 1, tiled=True, to="invarying")[..., : self.n_vocab]
 
 
 # ---- The backend ----
@@ -301,10 +226,10 @@ class Backend:
     def part(self, name, array):
         kind, _, fsdp, n_rows = self.cut_of(name)
         if kind == "table":
-            return Table(array, fsdp, n_rows)
+            return parts.Table(array, fsdp, n_rows)
         if kind == "rows":
-            return Rows(array, fsdp)
-        return array if fsdp is None else Gathered(array, fsdp)
+            return parts.Rows(array, fsdp)
+        return array if fsdp is None else parts.Gathered(array, fsdp)
 
 
 # ---- Inference ----

@@ -35,7 +35,7 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
          repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0, min_new_tokens: int = 0, bad_words: list = (),
          stop: list = (), stop_at_eos: bool | None = None, overflow: str = "error",
          num_samples: int = 1, batch: bool = False, num_beams: int = 1, length_penalty: float = 1.0,
-         early_stopping: str = "false", json: bool = False, trace: int = 0):
+         early_stopping: str = "false", json: bool = False, trace: int = 0, mesh: str = ""):
     # fmt: on
     """GPT-2 continues your text. The new text alone goes to stdout, as it is generated; all else to stderr.
 
@@ -67,6 +67,7 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         early_stopping: for beams: false, true or never: when enough have ended (inference/beam.py)
         json: a JSON object a line: prompt, text, token_ids, log_probabilities (score), stop_reason, seconds
         trace: show this many candidates for each token on stderr, up to 20; 0: off
+        mesh: how JAX's devices divide the model and the batch, such as data=2,model=4; left out: one device
     """
     flags = SimpleNamespace(**locals())
     flags.stop, flags.bad_words = as_texts(stop), as_texts(bad_words)
@@ -74,12 +75,12 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
     find_dtype(dtype)
     device = backends.get(backend).setup(dtype)
     prompts = read_prompts(flags)
-    tokenizer, model = models.load(model_size, models_dir, base_url, backend, dtype)
+    tokenizer, model = models.load(model_size, models_dir, base_url, backend, dtype, mesh)
     sequences = make_sequences(flags, tokenizer, model, prompts)
     if any(prompt.endswith(" ") for prompt in prompts):
         print("hint: a prompt ends in a space, which belongs to the next token: leave it out", file=sys.stderr)
     if backend != "numpy":
-        print(device, file=sys.stderr)
+        print(device + f", mesh {mesh}" * bool(mesh), file=sys.stderr)
     started = time.perf_counter()
     try:
         with numpy.errstate(all="ignore"):  # what is not finite is reported below

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the slow imports
     cli.leave_on_ctrl_c()
 
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -29,7 +30,7 @@ import utils
 from backends import np
 from inference import kv_cache, sampling
 from inference.generate import Sequence, generate
-from training import data, optimizer, saves
+from training import data, devices, optimizer, saves
 from training import step as step_library
 from utils import save_tokenizer
 from weights.files import locked, new_folder, replacing
@@ -37,7 +38,8 @@ from weights.params import flatten, tree_map, unflatten
 
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 192, "n_ctx": 256}
 # Not compared on --resume. The sizes are compared as hparams.
-FREE = ("data", "out", "n_steps", "patience", "resume", *SIZES)
+FREE = ("data", "out", "n_steps", "patience", "resume", *SIZES, *devices.FLAGS)
+ELASTIC = {"devices", "micro_batch_size"}  # other devices, which may need another micro-batch, change only rounding
 N_EVALUATED = 65_536  # tokens of each part of the data, at most, for an evaluation
 
 
@@ -47,7 +49,8 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
          batch_size: int = 32, micro_batch_size: int | None = None, learning_rate: float = 2e-3, warmup: int = 100,
          beta2: float = 0.99, weight_decay: float = 0.1, clip: float = 1.0, dropout: float = 0.1,
          dtype: str = "float32", eval_every: int = 100, patience: int = 0, seed: int = 0, backend: str = "",
-         resume: bool = False):
+         resume: bool = False, mesh: str = "", coordinator: str = "", n_processes: int | None = None,
+         process_id: int | None = None):
     # fmt: on
     """Trains a GPT-2 on a folder made by `python -m training.data`, and saves it in OpenAI's and Hugging Face's layout.
 
@@ -61,7 +64,7 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
         init_from: start from this model, with its sizes and its tokenizer; left out: start from random numbers
         n_steps: how often to change the parameters; may be larger with --resume, and the learning rate follows it
         batch_size: windows of n_ctx tokens for one step
-        micro_batch_size: windows in memory together, a divisor of batch_size; left out: up to 4 on a CPU, else all
+        micro_batch_size: windows in a device's memory together, a divisor of its share; left out: 4 on a CPU, else all
         learning_rate: the peak; it is reached after the warm-up, then falls to a twentieth along half a cosine
         warmup: steps in which the learning rate rises
         beta2: how slowly AdamW forgets squared gradients, 0 to less than 1; 0.95 to 0.999 is usual
@@ -74,18 +77,22 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
         seed: the same seed trains the same model on the same machine
         backend: numpy or jax; left out: jax if it is installed, else numpy
         resume: go on from the last save in --out; give the other flags as before, but for a larger --n_steps
+        mesh: how devices divide the work, such as data=2,model=4 or fsdp=8 (docs/scaling.md); left out: data=all
+        coordinator: host:port of process 0, if several processes train one model; auto: as SLURM or Kubernetes says
+        n_processes: how many processes there are
+        process_id: which of them this one is, 0 to n_processes - 1
     """
     settings = SimpleNamespace(**locals())
     settings.backend = backend or ("jax" if importlib.util.find_spec("jax") else "numpy")
     check(settings)
-    print(backends.get(settings.backend).setup(dtype), file=sys.stderr)
+    devices.check(settings)
     try:
-        with locked(out):
-            run = Run(settings)
-            if resume:
-                run.resume()
-            else:
-                run.begin()
+        with devices.joined(settings) as is_first, locked(out) if is_first else contextlib.nullcontext():
+            description = backends.get(settings.backend).setup(dtype)
+            if is_first:
+                print(description, file=sys.stderr)
+            run = Run(settings, is_first)
+            run.resume() if resume else run.begin()
             run.train()
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # JAX's lack of memory
@@ -143,27 +150,29 @@ def starting_point(s):
 class Run:
     """One training run. `state` is that of optimizer.py, on the device; `counters` says how far the run has come."""
 
-    def __init__(self, settings):
-        s, library = settings, backends.get(settings.backend)
-        self.settings, self.folder, self.library, self.seconds = s, Path(s.out), library, []
+    def __init__(self, settings, is_first=True):
+        s = settings
+        self.settings, self.folder, self.is_first, self.seconds = s, Path(s.out), is_first, []
         self.encoder, self.ids, self.hparams, params = starting_point(s)
+        self.library = library = devices.make_library(s, params, self.hparams["n_head"])
         # Copies, because JAX's step overwrites its state.
         self.state = optimizer.init_state(tree_map(np.array, library.asarray(params)))
-        on_cpu = "cpu" in str(self.state["params"]["wte"].device).lower()
-        n_head, n_ctx = self.hparams["n_head"], self.hparams["n_ctx"]
-        micro_batch_size = s.micro_batch_size or (math.gcd(s.batch_size, 4) if on_cpu else s.batch_size)
+        n_head, n_ctx = self.hparams["n_head"] // library.N_MODEL, self.hparams["n_ctx"]
+        micro_batch_size = devices.choose_micro_batch_size(s, library)
         loss_of = step_library.make_loss(library, n_head, s.dropout, s.dtype)
         adamw_settings = {"weight_decay": s.weight_decay, "beta2": s.beta2}
         self.step = step_library.make_step(library, loss_of, micro_batch_size, s.seed, s.clip, **adamw_settings)
         self.mean_loss = step_library.make_mean_loss(library, n_head, micro_batch_size)
         self.windows = {n: data.consecutive(ids, n_ctx, max(1, N_EVALUATED // n_ctx)) for n, ids in self.ids.items()}
         fixed = {name: value for name, value in vars(s).items() if name not in FREE} | self.hparams
-        fixed |= {"micro_batch_size": micro_batch_size}
+        fixed |= {"micro_batch_size": micro_batch_size, "devices": [library.N_DATA, library.N_MODEL]}
         fixed |= {f"checksum of {name}.bin": zlib.crc32(ids) for name, ids in self.ids.items()}
         self.counters = {"step": 0, "best": math.inf, "best_step": 0, "n_worse": 0, "settings": fixed}
 
     def begin(self):
         """Makes the folder with the first save. It is renamed to its final name when it is complete."""
+        if not self.is_first:
+            return self.evaluate()
         if self.folder.exists():
             hint = "--resume goes on with its run" if saves.saved_steps(self.folder) else "delete it"
             raise ValueError(f"{self.folder} is there already: {hint}, or name another folder with --out")
@@ -177,21 +186,24 @@ class Run:
         """Goes back to the last save. Raises ValueError if its settings were others."""
         arrays, counters = saves.load_run(self.folder)
         then, now = counters["settings"], self.counters["settings"]
-        if other := [f"{name} {then.get(name)}, not {now[name]}" for name in now if then.get(name) != now[name]]:
+        names = [name for name in now if name not in ELASTIC or then.get("devices", [1, 1]) == now["devices"]]
+        if other := [f"{name} {then.get(name)}, not {now[name]}" for name in names if then.get(name) != now[name]]:
             raise ValueError(f"this run had {'; '.join(other)}: resume it with the flags and data that it had")
         if self.settings.n_steps < counters["step"]:
             raise ValueError(f"--n_steps {self.settings.n_steps} is fewer than this run has done: {counters['step']}")
-        self.counters = counters
+        self.counters = counters | {"settings": now}
         state = unflatten({path: arrays[saves.array_name(path)] for path in flatten(self.state)})
         self.state = tree_map(np.array, self.library.asarray(state))
-        saves.rewind_metrics(self.folder, counters["step"])
+        if self.is_first:
+            saves.rewind_metrics(self.folder, counters["step"])
 
     def train(self):
         """Takes the steps that are left, or stops earlier by --patience."""
         from tqdm import tqdm
 
         s, patience = self.settings, self.settings.patience or math.inf
-        with tqdm(total=s.n_steps, initial=self.counters["step"], unit="step", disable=None) as bar:
+        hidden = None if self.is_first else True  # None: unless stderr is a terminal
+        with tqdm(total=s.n_steps, initial=self.counters["step"], unit="step", disable=hidden) as bar:
             while self.counters["step"] < s.n_steps and self.counters["n_worse"] < patience:
                 loss = self.take_step()
                 n_tokens = s.batch_size * self.hparams["n_ctx"]
@@ -201,12 +213,15 @@ class Run:
                     bar.clear()
                     self.evaluate()
         best = self.counters
-        print(f"{self.folder} is the model of step {best['best_step']}, validation loss {best['best']:.4f}")
+        if self.is_first:
+            print(f"{self.folder} is the model of step {best['best_step']}, validation loss {best['best']:.4f}")
 
     def take_step(self):
         """Takes one step and logs its loss, which it returns. Raises ValueError if the loss is NaN or infinite."""
         s, n_done, began = self.settings, self.counters["step"], time.perf_counter()
-        batch = data.draw(self.ids["train"], self.hparams["n_ctx"], s.batch_size, s.seed, n_done)
+        n_ctx = self.hparams["n_ctx"]
+        read = functools.partial(data.draw, self.ids["train"], n_ctx, s.batch_size, s.seed, n_done)
+        batch = self.library.rows(read, (s.batch_size, n_ctx + 1))
         rate = optimizer.learning_rate(n_done, s.learning_rate, s.warmup, s.n_steps)
         self.state, loss = self.step(self.state, batch, n_done, rate)
         loss = float(loss)  # waits for JAX
@@ -231,6 +246,8 @@ class Run:
 
     def log(self, line):
         """Appends a line to metrics.jsonl."""
+        if not self.is_first:
+            return
         n_tokens = self.counters["step"] * self.settings.batch_size * self.hparams["n_ctx"]
         path, line = self.folder / "metrics.jsonl", {"step": self.counters["step"], "tokens": n_tokens, **line}
         try:
@@ -242,33 +259,36 @@ class Run:
     def evaluate(self):
         """Computes both losses, without dropout, and prints them with a sample. Saves the run, and the model if its
         validation loss is the lowest so far."""
-        counters, params = self.counters, self.state["params"]
-        losses = {name: self.mean_loss(params, self.windows[name]) for name in data.PARTS}
+        counters = self.counters
+        losses = {name: self.mean_loss(self.state["params"], self.windows[name]) for name in data.PARTS}
         for name, loss in losses.items():
             self.require_finite(loss, f"loss on {name}.bin")
         self.log(losses)
         counters["n_worse"] += 1
-        if losses["validation"] < counters["best"]:
+        if is_best := losses["validation"] < counters["best"]:
             counters |= {"best": losses["validation"], "best_step": counters["step"], "n_worse": 0}
+        state = self.library.to_numpy(self.state)  # in all processes, as each has only a part
+        if not self.is_first:
+            return
+        if is_best:
             # <|endoftext|> stands between the texts of the data, so the model learns to end a text with it.
             ids = [i for i in [self.encoder.end_of_text] if i is not None]
             ending = utils.Ending(tuple(ids), True) if ids else None
-            saves.save_best(self.folder, counters["step"], self.hparams, self.library.to_numpy(params), ending)
-        saves.save_run(self.folder, counters["step"], self.library.to_numpy(self.state), counters)
+            saves.save_best(self.folder, counters["step"], self.hparams, state["params"], ending)
+        saves.save_run(self.folder, counters["step"], state, counters)
         self.draw_losses()
         pace = self.settings.batch_size * self.hparams["n_ctx"] / statistics.median(self.seconds or [math.inf])
         self.seconds.clear()
         print(f"step {counters['step']:5}  train {losses['train']:.4f}  validation {losses['validation']:.4f}"
-              f"{f'  {pace:,.0f} tokens/s' if pace else ''}\n       | {self.sample()}", flush=True)  # fmt: skip
+              f"{f'  {pace:,.0f} tokens/s' if pace else ''}\n       | {self.sample(state['params'])}", flush=True)  # fmt: skip
 
     def draw_losses(self):
         """Draws loss.png, if matplotlib is installed and there is room on the disk: the run goes on without it."""
         with contextlib.suppress(ModuleNotFoundError, OSError), replacing(self.folder / "loss.png") as part:
             saves.draw_losses(self.folder, part)
 
-    def sample(self):
+    def sample(self, params):
         """A text that the model generates at temperature 0.8, from <|endoftext|> on."""
-        params = self.library.to_numpy(self.state["params"])
         end_ids = [] if self.encoder.end_of_text is None else [self.encoder.end_of_text]
         start, n = end_ids or [0], min(40, self.hparams["n_ctx"] - 1)
         warm = sampling.SamplingParams(temperature=0.8)
