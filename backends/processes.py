@@ -24,43 +24,41 @@ import time
 WAIT = 60  # seconds in which all processes must arrive
 PATIENCE = 600  # seconds until JAX gives up a process that neither answers nor ends
 GOODBYE = b"."
+LISTENING = []
 
 
-def check(coordinator, n_processes, process_id):
-    """Raises ValueError for values that do not fit together: coordinator is host:port, auto or ""."""
-    if coordinator in ("", "auto"):
-        for name, value in (("n_processes", n_processes), ("process_id", process_id)):
-            if value is not None:
-                raise ValueError(f"--{name} {value} has no effect without --coordinator host:port")
-        return
+def faults(coordinator, n_processes, process_id):
+    """Pairs (whether these values have this fault, its message); coordinator is host:port, auto or ""."""
+    alone = coordinator in ("", "auto")
+    for name, value in (("n_processes", n_processes), ("process_id", process_id)):
+        yield alone and value is not None, f"--{name} {value} has no effect without --coordinator host:port"
+        yield not alone and value is None, f"--coordinator {coordinator} needs --{name} too"
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"--coordinator {coordinator!r}: give host:port, such as localhost:7700, or auto")
-    if not n_processes or process_id is None:
-        raise ValueError("--coordinator needs --n_processes, 1 or more, and another --process_id in each process")
-    if process_id >= n_processes:
-        raise ValueError(f"--process_id {process_id} is out of range: 0 to {n_processes - 1}")
+    valid = host and port.isdecimal() and 0 < int(port) < 65536
+    yield not (alone or valid), f"--coordinator {coordinator!r}: give host:port, such as localhost:7700, or auto"
+    yield n_processes == 0, "--n_processes 0 is out of range: 1 or more"
+    yield not alone and process_id >= n_processes, f"--process_id {process_id} is out of range: 0 to {n_processes} - 1"
 
 
 @contextlib.contextmanager
 def joined(coordinator, n_processes=None, process_id=None, settings=None):
-    """Inside, JAX has the devices of all processes. Raises OSError if they do not all arrive within WAIT seconds, or
-    differ in the settings, {name of a flag: value}. When one of them ends early, the others end with one line and
-    status 1.
+    """Inside, JAX has the devices of all processes; yields whether this is process 0. Raises OSError if they do not all
+    arrive within WAIT seconds, or differ in the settings, {name of a flag: value}. When one of them ends early, the
+    others end with one line and status 1.
 
     With "auto", jax.distributed itself finds the other processes, as on SLURM and Kubernetes, and watches over them.
     """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # or JAX's libraries write lines of their own when one ends
     import jax
 
     address, peers = None, []
     if coordinator != "auto":
         address, peers = meet(coordinator, process_id, {"n_processes": n_processes} | (settings or {}))
         threading.Thread(target=watch, args=[peers], daemon=True).start()
+    waits = {"initialization_timeout": WAIT, "heartbeat_timeout_seconds": PATIENCE}
     try:
-        jax.distributed.initialize(
-            address, n_processes, process_id, initialization_timeout=WAIT, heartbeat_timeout_seconds=PATIENCE
-        )
-        yield
+        jax.distributed.initialize(address, n_processes, process_id, **waits)
+        yield jax.process_index() == 0
     except BaseException as error:
         # JAX's own exit handler would wait for the others. The last handler to be registered is the first to run.
         atexit.register(leave, 2 if isinstance(error, ValueError) else 1)
@@ -97,7 +95,9 @@ def meet(coordinator, process_id, settings):
     host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + WAIT
     if process_id == 0:
-        peers, wrong = gather(listen(host, int(port)), settings, deadline)
+        server = listen(host, int(port))
+        peers, wrong = gather(server, settings, deadline)
+        LISTENING.append(server)  # for the rest of this process, so that no second coordinator uses the port
         answer = {"wrong": wrong, "address": f"{host}:{free_port(host)}"}
         for peer in peers:
             send(peer, answer)

@@ -140,9 +140,6 @@ class Backend:
         """The Cut of a parameter by its name, or by "mean/" and its name and the like in a tree of several trees."""
         return self.cuts.get(name) or self.cuts.get(name.partition("/")[2]) or Cut()
 
-    def sharding(self, spec):
-        return NamedSharding(self.mesh, spec)
-
     # ---- To the devices and back ----
 
     def asarray(self, tree):
@@ -158,12 +155,12 @@ class Backend:
             array = swap_columns(array, 3, self.N_MODEL)
         if cut.kind == "table":
             array = numpy.pad(array, ((0, -len(array) % self.N_MODEL), (0, 0)))
-        return jax.make_array_from_callback(array.shape, self.sharding(cut.spec()), array.__getitem__)
+        return jax.make_array_from_callback(array.shape, NamedSharding(self.mesh, cut.spec()), array.__getitem__)
 
     def collect(self, name, array):
         """The inverse of distribute. All processes must call it, as each has only a part."""
         if not (array.is_fully_addressable or array.is_fully_replicated):
-            array = jax.jit(lambda x: x, out_shardings=self.sharding(P()))(array)
+            array = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, P()))(array)
         array, cut = numpy.asarray(array), self.cut_of(name)
         if cut.kind == "columns of each third":
             array = swap_columns(array, self.N_MODEL, 3)
@@ -171,7 +168,7 @@ class Backend:
 
     def rows(self, read, shape):
         """A batch of `shape`, cut by rows. read(a slice) returns these rows; a process reads those of its devices."""
-        return jax.make_array_from_callback(shape, self.sharding(P(BATCH)), lambda place: read(place[0]))
+        return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P(BATCH)), lambda place: read(place[0]))
 
     # ---- Functions of all devices ----
 
@@ -201,16 +198,6 @@ class Backend:
         """The axes that divide rows, along which a parameter is the same. (The gradient of a part that fsdp has cut is
         the sum along fsdp already: see Part.gathered.)"""
         return BATCH if self.cut_of(name).fsdp is None else ("data",)
-
-    def vmap(self, f, in_axes=0):
-        """jax_backend.vmap. If f is a function of all devices and they divide the rows, they do so along data."""
-
-        def batch(*args):
-            n_rows = next(len(jax.tree.leaves(arg)[0]) for arg, axis in zip(args, in_axes, strict=True) if axis == 0)
-            divide = n_rows % self.N_DATA == 0
-            return jax.vmap(f, in_axes=in_axes, spmd_axis_name="data" if divide else None)(*args)
-
-        return batch
 
     def value_and_grad(self, f):
         """jax_backend.value_and_grad, inside over_devices. What fsdp has gathered is not kept for the backward pass,
@@ -252,9 +239,20 @@ def spread(model, forward, mesh):
     cache = P("model") if library.N_MODEL > 1 else P()
     in_specs, out_specs = (specs, P(), cache, P(), P()), (P(), cache)
     on_all = jax.shard_map(on_each, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-    empty = jax.jit(model.init_cache, static_argnums=1, out_shardings=library.sharding(cache))
+    library.vmap = functools.partial(vmap_along_data, mesh.shape["data"])
+    empty = jax.jit(model.init_cache, static_argnums=1, out_shardings=NamedSharding(mesh, cache))
     params = library.asarray(params)
     return model._replace(params=params, forward=jax.jit(on_all, donate_argnums=2), init_cache=empty, backend=library)
+
+
+def vmap_along_data(n_data, f, in_axes):
+    """jax.vmap of a function of all devices, which divide the rows of the batch if their number allows it."""
+
+    def batch(*rows):
+        n_rows = next(len(jax.tree.leaves(row)[0]) for row, axis in zip(rows, in_axes, strict=True) if axis == 0)
+        return jax.vmap(f, in_axes, spmd_axis_name="data" if n_rows % n_data == 0 else None)(*rows)
+
+    return batch
 
 
 def map_leaves(f, tree):

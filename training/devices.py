@@ -6,6 +6,7 @@ with joined(settings) as is_first:                       # process 0 is the firs
 
 import contextlib
 import math
+import sys
 
 import backends
 
@@ -13,31 +14,34 @@ FLAGS = ("mesh", "coordinator", "n_processes", "process_id")
 DIFFERENT = {"data", "out", *FLAGS} - {"mesh"}  # flags that need not be equal in all processes
 
 
-def check(s):
-    """Raises ValueError for flags about devices and processes that do not fit together."""
-    if s.backend != "jax":
-        for name in ("mesh", "coordinator"):
-            if getattr(s, name):
-                raise ValueError(f"--{name} {getattr(s, name)} needs --backend jax: NumPy computes on one device")
+def faults(s):
+    """Pairs (whether settings s have this fault, its message)."""
+    uneven = s.micro_batch_size is not None and (s.micro_batch_size == 0 or s.batch_size % s.micro_batch_size)
+    yield uneven, f"--micro_batch_size {s.micro_batch_size} does not divide --batch_size {s.batch_size}"
+    for name in ("mesh", "coordinator"):
+        value = getattr(s, name)
+        yield value and s.backend != "jax", f"--{name} {value} needs --backend jax: NumPy computes on one device"
     if s.coordinator or s.n_processes is not None or s.process_id is not None:
         from backends import processes  # here, as most runs have one process
 
-        processes.check(s.coordinator, s.n_processes, s.process_id)
+        yield from processes.faults(s.coordinator, s.n_processes, s.process_id)
 
 
 @contextlib.contextmanager
 def joined(s):
-    """Inside, the processes of settings s are connected; yields whether this is the first. See processes.joined."""
-    if not s.coordinator:
-        yield True
-        return
-    import jax
+    """Inside, the processes of settings s are connected (processes.joined) and the backend is set up. Yields whether
+    this is the first process, which prints what computes."""
+    together = contextlib.nullcontext(True)
+    if s.coordinator:
+        from backends import processes
 
-    from backends import processes
-
-    same = {name: value for name, value in vars(s).items() if name not in DIFFERENT}
-    with processes.joined(s.coordinator, s.n_processes, s.process_id, same):
-        yield jax.process_index() == 0
+        same = {name: value for name, value in vars(s).items() if name not in DIFFERENT}
+        together = processes.joined(s.coordinator, s.n_processes, s.process_id, same)
+    with together as is_first:
+        description = backends.get(s.backend).setup(s.dtype)
+        if is_first:
+            print(description + f", {s.n_processes} processes" * bool(s.n_processes), file=sys.stderr)
+        yield is_first
 
 
 def make_library(s, params, n_head):

@@ -18,7 +18,6 @@ import importlib.util
 import json
 import math
 import statistics
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -85,12 +84,8 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
     settings = SimpleNamespace(**locals())
     settings.backend = backend or ("jax" if importlib.util.find_spec("jax") else "numpy")
     check(settings)
-    devices.check(settings)
     try:
         with devices.joined(settings) as is_first, locked(out) if is_first else contextlib.nullcontext():
-            description = backends.get(settings.backend).setup(dtype)
-            if is_first:
-                print(description, file=sys.stderr)
             run = Run(settings, is_first)
             run.resume() if resume else run.begin()
             run.train()
@@ -102,7 +97,7 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
 
 def check(settings):
     """Raises ValueError for a value out of its range, and for a flag that has no effect beside another."""
-    for wrong, message in faults(settings):
+    for wrong, message in [*faults(settings), *devices.faults(settings)]:
         if wrong:
             raise ValueError(message)
 
@@ -121,8 +116,6 @@ def faults(s):
     yield s.dtype not in ("float32", "bfloat16"), f"--dtype {s.dtype!r}: choose float32 or bfloat16"
     n_embd, n_head = s.n_embd or SIZES["n_embd"], s.n_head or SIZES["n_head"]
     yield n_embd % n_head, f"--n_embd {n_embd} cannot be shared among --n_head {n_head} heads: choose a multiple"
-    uneven = s.micro_batch_size is not None and (s.micro_batch_size == 0 or s.batch_size % s.micro_batch_size)
-    yield uneven, f"--micro_batch_size {s.micro_batch_size} does not divide --batch_size {s.batch_size}"
     fixed = [name for name in sizes if name != "n_ctx"]
     yield s.init_from and fixed, f"--{''.join(fixed[:1])} has no effect: --init_from decides"
     yield s.seed >= 2**32, f"--seed {s.seed} is out of range: 0 to {2**32 - 1}"
@@ -150,8 +143,7 @@ def starting_point(s):
 class Run:
     """One training run. `state` is that of optimizer.py, on the device; `counters` says how far the run has come."""
 
-    def __init__(self, settings, is_first=True):
-        s = settings
+    def __init__(self, s, is_first=True):
         self.settings, self.folder, self.is_first, self.seconds = s, Path(s.out), is_first, []
         self.encoder, self.ids, self.hparams, params = starting_point(s)
         self.library = library = devices.make_library(s, params, self.hparams["n_head"])
@@ -165,8 +157,8 @@ class Run:
         self.mean_loss = step_library.make_mean_loss(library, n_head, micro_batch_size)
         self.windows = {n: data.consecutive(ids, n_ctx, max(1, N_EVALUATED // n_ctx)) for n, ids in self.ids.items()}
         fixed = {name: value for name, value in vars(s).items() if name not in FREE} | self.hparams
-        fixed |= {"micro_batch_size": micro_batch_size, "devices": [library.N_DATA, library.N_MODEL]}
         fixed |= {f"checksum of {name}.bin": zlib.crc32(ids) for name, ids in self.ids.items()}
+        fixed |= {"micro_batch_size": micro_batch_size, "devices": [library.N_DATA, library.N_MODEL]}
         self.counters = {"step": 0, "best": math.inf, "best_step": 0, "n_worse": 0, "settings": fixed}
 
     def begin(self):
@@ -212,9 +204,9 @@ class Run:
                 if self.counters["step"] % s.eval_every == 0 or self.counters["step"] == s.n_steps:
                     bar.clear()
                     self.evaluate()
-        best = self.counters
         if self.is_first:
-            print(f"{self.folder} is the model of step {best['best_step']}, validation loss {best['best']:.4f}")
+            step, loss = self.counters["best_step"], self.counters["best"]
+            print(f"{self.folder} is the model of step {step}, validation loss {loss:.4f}")
 
     def take_step(self):
         """Takes one step and logs its loss, which it returns. Raises ValueError if the loss is NaN or infinite."""
@@ -279,8 +271,9 @@ class Run:
         self.draw_losses()
         pace = self.settings.batch_size * self.hparams["n_ctx"] / statistics.median(self.seconds or [math.inf])
         self.seconds.clear()
+        text = self.sample(state["params"])
         print(f"step {counters['step']:5}  train {losses['train']:.4f}  validation {losses['validation']:.4f}"
-              f"{f'  {pace:,.0f} tokens/s' if pace else ''}\n       | {self.sample(state['params'])}", flush=True)  # fmt: skip
+              f"{f'  {pace:,.0f} tokens/s' if pace else ''}\n       | {text}", flush=True)  # fmt: skip
 
     def draw_losses(self):
         """Draws loss.png, if matplotlib is installed and there is room on the disk: the run goes on without it."""
