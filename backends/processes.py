@@ -37,7 +37,8 @@ def faults(coordinator, n_processes, process_id):
     valid = host and port.isdecimal() and 0 < int(port) < 65536
     yield not (alone or valid), f"--coordinator {coordinator!r}: give host:port, such as localhost:7700, or auto"
     yield n_processes == 0, "--n_processes 0 is out of range: 1 or more"
-    yield not alone and process_id >= n_processes, f"--process_id {process_id} is out of range: 0 to {n_processes} - 1"
+    last = (n_processes or 0) - 1
+    yield not alone and process_id > last, f"--process_id {process_id} is out of range: 0 to {last}"
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before the slow imports
 import contextlib
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import statistics
@@ -97,7 +98,7 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
 
 def check(settings):
     """Raises ValueError for a value out of its range, and for a flag that has no effect beside another."""
-    for wrong, message in [*faults(settings), *devices.faults(settings)]:
+    for wrong, message in itertools.chain(faults(settings), devices.faults(settings)):
         if wrong:
             raise ValueError(message)
 
