@@ -22,9 +22,9 @@ import threading
 import time
 
 WAIT = 60  # seconds in which all processes must arrive
-PATIENCE = 600  # seconds until JAX gives up a process that neither answers nor ends
-GOODBYE = b"."
-LISTENING = []
+BEAT, PATIENCE = 5, 300  # seconds between two signs of life, and until a process that gives none is given up
+ALIVE, GOODBYE = b"+", b"."
+LISTENING = []  # the socket of process 0, which stays open, so that no second coordinator uses the port
 
 
 def faults(coordinator, n_processes, process_id):
@@ -56,7 +56,7 @@ def joined(coordinator, n_processes=None, process_id=None, settings=None):
     if coordinator != "auto":
         address, peers = meet(coordinator, process_id, {"n_processes": n_processes} | (settings or {}))
         threading.Thread(target=watch, args=[peers], daemon=True).start()
-    waits = {"initialization_timeout": WAIT, "heartbeat_timeout_seconds": PATIENCE}
+    waits = {"initialization_timeout": WAIT, "heartbeat_timeout_seconds": 2 * PATIENCE}
     try:
         jax.distributed.initialize(address, n_processes, process_id, **waits)
         yield jax.process_index() == 0
@@ -76,16 +76,30 @@ def leave(status):
 
 
 def watch(peers):
-    """Ends this process when a connection ends without a goodbye."""
-    open_peers = [*peers]
-    while open_peers:
-        for peer in select.select(open_peers, [], [])[0]:
-            with contextlib.suppress(OSError):
-                if peer.recv(1) == GOODBYE:
-                    open_peers.remove(peer)
-                    continue
-            print("another process of this run has ended: --resume goes on from the last save", file=sys.stderr)
-            leave(1)
+    """Ends this process when a connection ends without a goodbye, or is silent for PATIENCE seconds. Lets the others
+    hear from this process every BEAT seconds."""
+    heard = dict.fromkeys(peers, time.monotonic())
+    while heard:
+        for peer in select.select([*heard], [], [], BEAT)[0]:
+            heard[peer] = time.monotonic()
+            try:
+                message = peer.recv(1)
+            except OSError:
+                message = b""
+            if message == GOODBYE:
+                del heard[peer]
+            elif not message:
+                end("has ended")
+        for peer, last in heard.items():
+            if time.monotonic() - last > PATIENCE:
+                end(f"has not been heard of for {PATIENCE} seconds")
+            with contextlib.suppress(OSError):  # the next recv tells
+                peer.sendall(ALIVE)
+
+
+def end(reason):
+    print(f"another process of this run {reason}: --resume goes on from the last save", file=sys.stderr)
+    leave(1)
 
 
 # ---- How the processes meet ----
@@ -98,7 +112,7 @@ def meet(coordinator, process_id, settings):
     if process_id == 0:
         server = listen(host, int(port))
         peers, wrong = gather(server, settings, deadline)
-        LISTENING.append(server)  # for the rest of this process, so that no second coordinator uses the port
+        LISTENING.append(server)
         answer = {"wrong": wrong, "address": f"{host}:{free_port(host)}"}
         for peer in peers:
             send(peer, answer)
