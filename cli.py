@@ -50,6 +50,20 @@ def unwind_on_ctrl_c():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@contextlib.contextmanager
+def noticing_ctrl_c():
+    """Yields a list that is empty until Ctrl-C, which in this block does nothing else; a second Ctrl-C ends the
+    process. For work that is done in steps and looks at the list after each."""
+    pressed, before = [], signal.getsignal(signal.SIGINT)
+    wakeup = signal.set_wakeup_fd(-1)  # else the thread of leave_on_ctrl_c would end the process
+    signal.signal(signal.SIGINT, lambda *_: leave() if pressed else pressed.append(True))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(wakeup)
+
+
 def run(main, program):
     """Runs `main`, a function or {command: function}, with this process's arguments, and ends the process.
 
@@ -67,11 +81,8 @@ def run(main, program):
     except BrokenPipeError:  # the program that reads our output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
-    except MemoryError as error:
-        print(one_line(f"not enough memory: {error}"), file=sys.stderr)
-        status = 1
-    except (ValueError, OSError) as error:
-        print(one_line(error), file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        print("not enough memory: " * isinstance(error, MemoryError) + one_line(error), file=sys.stderr)
         status = 2 if isinstance(error, ValueError) else 1
     sys.exit(status)
 
@@ -98,6 +109,13 @@ def collect_garbage_rarely():
     garbage several times, and once more at the end, which takes a tenth of the time to a first token."""
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
+
+
+def check(rules):
+    """Raises ValueError for the first broken one of `rules`, pairs (whether it is broken, the message)."""
+    for is_broken, message in rules:
+        if is_broken:
+            raise ValueError(message)
 
 
 def one_line(error):
@@ -128,19 +146,21 @@ def call(main, program, arguments):
 
 
 def help_text(main, program):
-    """Summary, usage and flags of a function, from its docstring and signature; a line each of {command: function}."""
+    """Summary, usage and a line for each flag of a function, from its docstring and signature; of {command: function} a
+    line for each command."""
     if sys.flags.optimize > 1:
         raise ValueError("--help is made from docstrings, which python -OO removes: leave out -OO")
     if isinstance(main, dict):
         return "\n".join(f"{program.split()[0]} {name}: {f.__doc__.splitlines()[0]}" for name, f in main.items())
     parameters = inspect.signature(main).parameters
-    summary, _, flags = inspect.getdoc(main).partition("Args:\n")
+    summary, _, flags = (inspect.getdoc(main) or "").partition("Args:\n")
+    texts = dict(line.strip().split(": ", 1) for line in flags.splitlines())
     usage = "".join(f"[{p.name.upper()}] " for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD)
     lines = [f"python {program} {usage}[--flag value ...]", "", summary.rstrip(), ""]
-    for name, text in (line.strip().split(": ", 1) for line in flags.splitlines()):
-        default = parameters[name].default
+    for name, parameter in parameters.items():
+        default = parameter.default
         shown = "" if default in ("", None, ()) or default is False else default
-        lines.append(f"  --{name} {shown}".ljust(28) + f" {text}")
+        lines.append(f"  --{name} {shown}".ljust(28) + f" {texts.get(name, '')}")
     return "\n".join(lines)
 
 

@@ -16,8 +16,8 @@ Encoding takes four steps, each a few lines below:
 2. Each piece becomes bytes, in UTF-8. There are only 256 bytes, all of them tokens, so there is no text that has no
    encoding. Most emoji are four bytes: two to four tokens, unless it was frequent enough for a token of its own.
 3. Within a piece, neighbouring symbols are merged: first the pair with the lowest rank, which is its place in the list
-of merges, the order in which training found it. This is repeated until no two neighbours have a rank. 4. Each symbol
-that is left has an id in encoder.json.
+   of merges, the order in which training found it. This is repeated until no two neighbours have a rank.
+4. Each symbol that is left has an id in encoder.json.
 
 Decoding joins the bytes of the tokens. A token may end in the middle of a character (the first token of an emoji does),
 so the bytes are decoded as UTF-8 only when they are all there.
@@ -34,7 +34,7 @@ from pathlib import Path
 
 import regex
 
-from weights.tokenizer import END_OF_TEXT, check_vocabulary, read_tokenizer
+from weights.tokenizer import END_OF_TEXT, OtherKind, check_vocabulary, read_tokenizer, split_special
 
 PIECES = regex.compile(
     "|".join(
@@ -48,6 +48,8 @@ PIECES = regex.compile(
         ]
     )
 )
+DIGITS = regex.compile(r"\p{N}|\P{N}+")  # each digit alone, so that a model meets few tokens for numbers
+SPLITTINGS = {"gpt-2": (PIECES,), "smollm": (DIGITS, PIECES)}  # name -> the patterns that split a text, one by one
 
 
 def byte_spellings():
@@ -73,34 +75,37 @@ def spell(text):
 class Encoder:
     """`ids` is {spelling: id}, as in encoder.json; `merges` lists pairs of spellings, as in vocab.bpe, best first.
 
-    n_vocab is the largest id + 1; an id below it need not have a token.
+    `special` is {text: id} of the tokens that no text contains by itself, such as <|endoftext|>, `splitting` the key
+    of one of SPLITTINGS. n_vocab is the largest id + 1; an id below it need not have a token.
     """
 
-    def __init__(self, ids, merges):
+    prefix = ()  # ids that the model expects before every text; others than GPT-2 have some
+
+    def __init__(self, ids, merges, special=None, splitting="gpt-2"):
         self.ids = ids
         self.spellings = {i: spelling for spelling, i in ids.items()}
         self.n_vocab = max(self.spellings, default=-1) + 1
         self.ranks = dict(zip(merges, range(len(merges)), strict=True))
         self.end_of_text = ids.get(END_OF_TEXT)
+        self.special = {END_OF_TEXT: self.end_of_text} if special is None and END_OF_TEXT in ids else special or {}
+        self.splitting = splitting
         # Text repeats its words, so the last 65,536 different pieces are remembered.
         self._cached_encode_piece = functools.lru_cache(maxsize=2**16)(self._encode_piece)
 
     def encode(self, text, allowed_special=()):
-        """str -> list of ids. Every text has an encoding; a lone surrogate, which UTF-8 cannot hold, counts as U+FFFD.
+        """str -> list of ids. Every text has an encoding. A lone surrogate (half of the pair of codes by which UTF-16
+        writes some characters) cannot be written in UTF-8: it counts as U+FFFD, the replacement character.
 
         "<|endoftext|>" is thirteen ordinary characters, unless allowed_special contains it: a user who types it into a
-        prompt may not know that it ends a document. Raises ValueError for any other special token.
+        prompt may not know that it ends a document. Raises ValueError for what is no special token.
         """
-        text = replace_lone_surrogates(text)
-        allowed_special = {allowed_special} if isinstance(allowed_special, str) else set(allowed_special)
-        if unknown := allowed_special - {END_OF_TEXT} or allowed_special - self.ids.keys():
-            raise ValueError(f"{unknown.pop()!r} is no special token of this encoder")
-        if not allowed_special:
-            return self._encode_ordinary(text)
-        first, *others = text.split(END_OF_TEXT)
-        ids = self._encode_ordinary(first)
-        for part in others:
-            ids += [self.end_of_text, *self._encode_ordinary(part)]
+        return self.encode_parts(split_special(replace_lone_surrogates(text), allowed_special, self.special))
+
+    def encode_parts(self, parts):
+        """The ids of a list of ordinary texts and of ids, which stay as they are."""
+        ids = []
+        for part in parts:
+            ids += [part] if isinstance(part, int) else self._encode_ordinary(part)
         return ids
 
     def decode(self, ids):
@@ -119,14 +124,18 @@ class Encoder:
             raise OSError(f"token {i}, {self.spellings[i]!r}, contains a character that spells no byte") from None
 
     def _encode_ordinary(self, text):
-        ids = []
-        for piece in PIECES.findall(text):  # long pieces seldom come twice, and would fill the memory
+        ids, pieces = [], [text]
+        for pattern in SPLITTINGS[self.splitting]:
+            pieces = [part for piece in pieces for part in pattern.findall(piece)]
+        for piece in pieces:  # long pieces seldom come twice, and would fill the memory
             ids += self._cached_encode_piece(piece) if len(piece) <= 64 else self._encode_piece(piece)
         return ids
 
     def _encode_piece(self, piece):
+        # SmolLM2 has no token for 21 of the bytes, among them control characters: these are left out.
+        symbols = [symbol for symbol in spell(piece) if symbol in self.ids]
         try:
-            return [self.ids[symbol] for symbol in merge(spell(piece), self.ranks)]
+            return [self.ids[symbol] for symbol in merge(symbols, self.ranks)]
         except KeyError as missing:
             raise OSError(f"the tokenizer's files do not match: merges lead to {missing}, which has no id") from None
 
@@ -172,12 +181,20 @@ def replace_lone_surrogates(text):
 
 
 def get_encoder(model_size, models_dir):
-    """The Encoder of the model folder models_dir/model_size, from one of the layouts in weights/tokenizer.py. Raises
-    OSError naming the file that is missing or damaged."""
-    file, ids, merges, added = read_tokenizer(Path(models_dir) / model_size)
+    """The tokenizer of the model folder or the .gguf file models_dir/model_size, from one of the layouts in
+    weights/tokenizer.py: an Encoder, or for other kinds than GPT-2's an object with the same methods. Raises OSError
+    naming the file that is missing or damaged."""
+    try:
+        file, ids, merges, added, splitting = read_tokenizer(Path(models_dir) / model_size)
+    except OtherKind as other:
+        from weights.library_tokenizer import LibraryTokenizer
+
+        return LibraryTokenizer(other, UNSPELL)
     # The files spell ordinary tokens byte by byte; the tokens that were added later stand there as plain text.
     for text in added:
         ids.pop(text, None)
     ids |= {spell(text): i for text, i in added.items()}
-    check_vocabulary(file, ids, merges, {*SPELL.values(), *map(spell, added)})
-    return Encoder(ids, merges)
+    symbols = {*SPELL.values()} if splitting == "gpt-2" else SPELL.values() & ids.keys()
+    check_vocabulary(file, ids, merges, {*symbols, *map(spell, added)})
+    special = {END_OF_TEXT: ids[END_OF_TEXT]} if END_OF_TEXT in ids else {}
+    return Encoder(ids, merges, special | added, splitting)

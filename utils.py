@@ -2,7 +2,8 @@
 
 A thin facade over weights/, with the names of the article that this project follows. A model folder has OpenAI's layout
 (TF_FILES: a TensorFlow checkpoint and its tokenizer) or Hugging Face's (config.json, model.safetensors and a
-tokenizer). Both are loaded as the same `params`.
+tokenizer). Both are loaded as the same `params`. A model may also be one file, NAME.gguf; where a function below takes
+a folder, it takes such a file too.
 
     python utils.py verify 124M                              reads every tensor again and compares its checksum
     python utils.py convert models/3M out --layout hf        writes a model in the other layout
@@ -24,10 +25,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from encoder import END_OF_TEXT, get_encoder
-from weights import huggingface, tensorflow
+from weights import gguf, hub, huggingface, tensorflow
 from weights.download import BASE_URL, DATA, INDEX, SHA256, TF_FILES, download_gpt2_files
 from weights.files import read_json, replacing, write_text
-from weights.huggingface import load_gpt2_params_from_hf, save_gpt2_params_to_hf
+from weights.huggingface import hf_tensors, load_gpt2_params_from_hf, load_llama_params_from_hf, write_tensors
+from weights.params import architecture
 from weights.tensorflow import load_gpt2_params_from_tf_ckpt, save_gpt2_params_to_tf_ckpt
 from weights.tokenizer import tokenizer_texts
 
@@ -45,8 +47,9 @@ LAYOUTS = ("tf", "hf")
 def load_encoder_hparams_and_params(model_size, models_dir=None, base_url=None):
     """(Encoder, hparams, params) of a model.
 
-    model_size is one of SIZES, which is downloaded if it is not there, or the name of a folder in models_dir, or the
-    path of a folder. hparams has n_vocab, n_ctx, n_embd, n_head, n_layer.
+    model_size is one of SIZES or a name for weights/hub.py, which are downloaded if they are not there, or the name of
+    a folder in models_dir, or the path of a folder. hparams has n_vocab, n_ctx, n_embd, n_head, n_layer; that of a
+    LLaMA is its config, which has more (variants/llama.py).
     Raises ValueError for a name that is none of these, OSError for what cannot be fetched, is missing or is damaged.
     """
     return load_folder(find_model(model_size, models_dir, base_url))
@@ -62,14 +65,23 @@ def load_folder(folder):
     encoder, hparams = get_encoder(folder.name, folder.parent), read_hparams(folder)
     if encoder.n_vocab > hparams["n_vocab"]:
         raise OSError(f"{folder}: the tokenizer has ids up to {encoder.n_vocab - 1}, n_vocab is {hparams['n_vocab']}")
+    return encoder, hparams, load_params(folder, hparams)
+
+
+def load_params(folder, hparams):
+    """The params of a model folder, whichever its layout and its architecture."""
+    if folder.suffix == ".gguf":
+        return gguf.load_llama_params(folder, hparams)
+    if architecture(hparams) == "llama":
+        return load_llama_params_from_hf(folder / "model.safetensors", hparams)
     if is_hf_folder(folder):
-        return encoder, hparams, load_gpt2_params_from_hf(folder / "model.safetensors", hparams)
-    return encoder, hparams, load_gpt2_params_from_tf_ckpt(tensorflow.latest_checkpoint(folder / "checkpoint"), hparams)
+        return load_gpt2_params_from_hf(folder / "model.safetensors", hparams)
+    return load_gpt2_params_from_tf_ckpt(tensorflow.latest_checkpoint(folder / "checkpoint"), hparams)
 
 
 def choose_model(model_size="", models_dir=None, base_url=None):
     """The folder of a model for a program. If no size is named, that is 124M; and if 124M is neither on disk nor
-    reachable, it is the embedded model, and one line on stderr says so."""
+    reachable, it is 3M, the model that comes with this repository, and one line on stderr says so."""
     try:
         return find_model(model_size or SIZES[0], models_dir, base_url)
     except OSError as error:
@@ -80,7 +92,8 @@ def choose_model(model_size="", models_dir=None, base_url=None):
 
 
 def find_model(model_size, models_dir=None, base_url=None):
-    """The folder of a model; what is missing is downloaded if it is one of SIZES. Raises as the loader above."""
+    """The folder of a model; what is missing is downloaded if it is one of SIZES, or a name for weights/hub.py. Raises
+    as the loader above."""
     folder = model_folder(model_size, models_dir)
     if folder.name in SIZES and not is_path(model_size) and not is_hf_folder(folder):
         download_gpt2_files(folder.name, folder, base_url)
@@ -88,22 +101,31 @@ def find_model(model_size, models_dir=None, base_url=None):
 
 
 def model_folder(model_size, models_dir=None):
-    """The folder of a model, which need not exist for one of SIZES. Raises ValueError for any other that is not there.
+    """The folder of a model, which need not exist for one of SIZES. Raises ValueError for any other that is neither
+    there nor a name for weights/hub.py, which may raise OSError.
 
     A bare name is looked up in models_dir, then in the current folder, then in models/ of this repository. Anything
-    with a slash, and "." and "..", is a path, as in a shell.
+    with a slash, and "." and "..", is a path, as in a shell; only if nothing is there, owner/name is one of the Hugging
+    Face hub's.
     """
     models_dir, name = Path(models_dir or MODELS_DIR), HF_NAMES.get(model_size, model_size)
     candidates = [Path(name)] if is_path(name) else [models_dir / name, Path(name), MODELS_DIR / name]
     with contextlib.suppress(OSError):  # a name that is too long for a folder
-        folder = next((folder for folder in candidates if folder.is_dir()), candidates[0])
-        if name and (name in SIZES or folder.is_dir()):
+        folder = next((folder for folder in candidates if is_model(folder)), candidates[0])
+        if name and (name in SIZES or is_model(folder)):
             return folder.resolve() if is_path(name) else folder
+    if hub.is_name(model_size):
+        return hub.fetch(model_size)
     import difflib  # here, as only mistakes need it
 
-    names = [*SIZES, *sorted({EMBEDDED, *(path.name for path in models_dir.glob("*/"))} - {*SIZES})]
+    names = [*SIZES, *sorted({EMBEDDED, *hub.REPOSITORIES, *(path.name for path in models_dir.glob("*/"))} - {*SIZES})]
     guess = "".join(f"did you mean {n}? " for n in difflib.get_close_matches(model_size.upper(), names, 1, 0.4))
     raise ValueError(f"no model {model_size!r:.80}; {guess}Choose from {', '.join(names)}, or name a model folder")
+
+
+def is_model(path):
+    """Whether there is something at a path that may be a model: a folder, or a .gguf file."""
+    return path.is_dir() or (path.suffix == ".gguf" and path.exists())
 
 
 def is_path(name):
@@ -115,10 +137,19 @@ def is_hf_folder(folder):
 
 
 def read_hparams(folder):
-    """{n_vocab, n_ctx, n_embd, n_head, n_layer} of a model folder, each a whole number above 0. Raises OSError."""
+    """{n_vocab, n_ctx, n_embd, n_head, n_layer} of a model folder, each a whole number above 0; more for a LLaMA.
+    Raises OSError."""
+    if folder.suffix == ".gguf":
+        return gguf.read_config(folder)
     if is_hf_folder(folder):
         return huggingface.read_hparams(folder / "config.json")
     return tensorflow.read_hparams(folder / "hparams.json")
+
+
+def has_tokenizer(folder):
+    """Whether a model folder has a file of a tokenizer. (A folder of weights alone is of use from Python only.)"""
+    names = ("tokenizer.json", "vocab.json", "encoder.json")
+    return not folder.is_dir() or any((folder / name).exists() for name in names)
 
 
 # ---- How a text starts and ends ----
@@ -133,17 +164,21 @@ class Ending(NamedTuple):
 
 def read_ending(folder, encoder, hparams):
     """The Ending of a model folder: `end_ids` and `stop_at_eos` of hparams.json, or `eos_token_id` of Hugging Face's
-    generation_config.json, or of config.json where that is missing. Raises OSError for values that are no token ids.
+    generation_config.json, or of config.json where that is missing, or what weights.gguf.end_ids finds. Raises OSError
+    for values that are no token ids.
 
     Where nothing is said, <|endoftext|> ends a text. OpenAI's models, known by their 50,257 tokens, do not stop at it
     (they go on with another document), nor do those of a generation_config.json without an eos_token_id; others do.
     """
-    if is_hf_folder(folder):
+    file, limit = folder, hparams["n_vocab"]
+    if folder.suffix == ".gguf":
+        end_ids, stop_at_eos = gguf.end_ids(folder, encoder.special), True
+    elif is_hf_folder(folder):
         file = next(folder / name for name in ("generation_config.json", "config.json") if (folder / name).exists())
         end_ids, limit = read_json(file).get("eos_token_id"), 2**24  # transformers writes 50256 even for fewer tokens
         stop_at_eos = end_ids is not None and (file.name != "config.json" or hparams["n_vocab"] != 50257)
     else:
-        file, limit = folder / "hparams.json", hparams["n_vocab"]
+        file = folder / "hparams.json"
         found = read_json(file)
         end_ids, stop_at_eos = found.get("end_ids"), found.get("stop_at_eos", limit != 50257)
     if end_ids is None:
@@ -164,14 +199,20 @@ def ids_without_token(encoder, n_vocab, end_ids=()):
 
 
 def first_ids(encoder, prompt):
-    """The ids of the prompt. For an empty prompt: the id of <|endoftext|>, after which a model begins a new text.
-    Raises ValueError if the tokenizer has no such token."""
-    if not prompt and encoder.end_of_text is None:
+    """The ids of the prompt, after those that the model expects before every text. For an empty prompt: the id of
+    <|endoftext|>, after which a model begins a new text. Raises ValueError if the tokenizer has no such token."""
+    ids = [*encoder.prefix, *encoder.encode(prompt)]
+    if not ids and encoder.end_of_text is None:
         raise ValueError(f"this model knows no {END_OF_TEXT} to start from: give a prompt")
-    return encoder.encode(prompt) or [encoder.end_of_text]
+    return ids or [encoder.end_of_text]
 
 
 # ---- Saving ----
+
+
+def layouts_of(hparams):
+    """The layouts in which a model can be written: OpenAI's has no place for what a LLaMA has more than a GPT-2."""
+    return LAYOUTS if architecture(hparams) == "gpt2" else ("hf",)
 
 
 def save_tokenizer(source, folder, layouts=LAYOUTS):
@@ -193,10 +234,11 @@ def save_tokenizer(source, folder, layouts=LAYOUTS):
 
 def save_model(folder, hparams, params, layouts=LAYOUTS, name="model.ckpt", ending=None):
     """Writes hparams, params and the Ending; a folder may have both layouts. `name` is the TensorFlow checkpoint's.
+    Of `layouts` those of layouts_of(hparams) are written.
 
     The weights are written last, so the folder can be loaded at any moment.
     """
-    folder = Path(folder)
+    folder, layouts = Path(folder), {*layouts} & {*layouts_of(hparams)}
     if "hf" in layouts:
         vocab = folder / "vocab.json"
         end_of_text = read_json(vocab).get(END_OF_TEXT) if vocab.exists() else None
@@ -204,7 +246,7 @@ def save_model(folder, hparams, params, layouts=LAYOUTS, name="model.ckpt", endi
         if ending:
             eos = {"eos_token_id": list(ending.end_ids)} if ending.stop_at_eos else {}
             write_text(folder / "generation_config.json", json.dumps({"bos_token_id": end_of_text} | eos) + "\n")
-        save_gpt2_params_to_hf(folder / "model.safetensors", params)
+        write_tensors(folder / "model.safetensors", hf_tensors(hparams, params))
     if "tf" in layouts:
         write_text(folder / "hparams.json", json.dumps(hparams | (ending._asdict() if ending else {})))
         save_gpt2_params_to_tf_ckpt(folder / name, params)

@@ -1,10 +1,14 @@
 """One code, two array libraries: `np` here is NumPy when it is handed NumPy arrays and jax.numpy when handed JAX ones.
 
-NumPy (from 2.0) and JAX arrays, and the tracers JAX sends through a function that it compiles, all answer
-`x.__array_namespace__()` with the library they belong to. So the data says which library computes: no switch, no
-global, and both live in one process. Methods and operators (`x.reshape`, `x @ w`) follow their array anyway.
+NumPy arrays (from 2.0), JAX arrays, and tracers (the objects that JAX puts in the place of arrays while it compiles a
+function) have a method `x.__array_namespace__()`, which returns the library that x belongs to. So the arrays decide
+which library computes: there is no switch and no global variable, and both libraries work in one process. Methods and
+operators (`x.reshape`, `x @ w`) belong to the array anyway.
 
-Where a run is set up the choice is spelled out: `backend = backends.get("jax")`, the same names for either.
+A file that also says `import numpy` needs NumPy itself, whatever its arguments are: for token ids, random numbers, and
+what backends/numpy_*.py compute.
+
+Where a run is set up, the choice is explicit: `backend = backends.get("jax")`. Both backends have the same names.
 """
 
 import functools
@@ -28,7 +32,8 @@ def get(name):
 
 
 def namespace_of(args):
-    """The library of the first argument that is not NumPy's, looking one level into lists; else NumPy."""
+    """The library of the first argument, inside lists too, that belongs to another library than NumPy; if there is
+    none, NumPy."""
     for arg in args:
         if type(arg) is numpy.ndarray:  # found out below too, but not as fast
             continue
@@ -42,7 +47,7 @@ def namespace_of(args):
 
 
 class _Namespace:
-    """`np.exp(x)` is `numpy.exp(x)` or `jax.numpy.exp(x)`, as x demands; `np.float32` and `np.pi` are NumPy's own."""
+    """`np.exp(x)` is `numpy.exp(x)` or `jax.numpy.exp(x)`, depending on x; `np.float32` and `np.pi` are NumPy's own."""
 
     def __getattr__(self, name):
         own = getattr(numpy, name)
@@ -62,7 +67,7 @@ np = _Namespace()
 
 
 def update(buffer, new, start):
-    """`update` of the backend that the arguments belong to: see there."""
+    """`update` of the backend that the arguments belong to: see numpy_backend.py."""
     library = namespace_of((buffer, new, start))
     if library is numpy:
         return get("numpy").update(buffer, new, start)

@@ -13,13 +13,19 @@ from weights.params import replace_leaves
 
 def prepare(params):
     """Lays out params for speed, in place, and returns them as JAX arrays. On a CPU each matrix `w` becomes a
-    Transposed and `wte` a Table."""
-    forms = {"w": lambda w: Transposed(to_device(w).T), "wte": lambda rows: Table(to_device(rows))}
+    Transposed, and `wte` and `lm_head` a Table."""
+    forms = dict.fromkeys(["wte", "lm_head"], lambda rows: Table(to_device(rows))) | {"w": transposed}
 
     def lay_out(path, array):
         return forms.get(path[-1], to_device)(array) if transposing_pays(array) else to_device(array)
 
     return replace_leaves(lay_out, params)
+
+
+def transposed(w):
+    """The Transposed of w. A NumPy array in column order has its rows in memory already, so it is not copied."""
+    in_columns = isinstance(w, numpy.ndarray) and w.flags.f_contiguous
+    return Transposed(to_device(w.T) if in_columns else to_device(w).T)
 
 
 def to_device(array):

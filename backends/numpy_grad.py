@@ -15,7 +15,7 @@ functions are, with a formula for each operation.
 Griewank & Walther 2008, "Evaluating Derivatives", chapter 3.
 """
 
-import numpy
+import numpy  # NumPy itself; np, below, follows its arguments
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from backends import np, update
@@ -68,12 +68,13 @@ def backward(tape, n_leaves, gradients):
     while len(tape) > n_leaves:
         inputs, dL_dy = tape.pop(), gradients.pop(len(tape), None)
         for place, dL_dx_from, shape, dtype in inputs if dL_dy is not None else ():
-            dL_dx = fit(dL_dx_from(dL_dy), shape, dtype)
+            dL_dx = sum_to_shape(dL_dx_from(dL_dy), shape, dtype)
             gradients[place] = gradients[place] + dL_dx if place in gradients else dL_dx
 
 
-def fit(g, shape, dtype):
-    """The gradient with respect to an x of this shape that was broadcast: the sum over all copies of each number."""
+def sum_to_shape(g, shape, dtype):
+    """The gradient g with respect to x after broadcasting -> that with respect to x itself, which has this shape: the
+    sum over all copies of each number."""
     new = g.ndim - len(shape)
     repeated = [i for i, n in enumerate(g.shape) if i < new or n != shape[i - new]]
     g = np.sum(g, axis=tuple(repeated)).reshape(shape) if repeated else g
@@ -118,23 +119,25 @@ class GradTracer(Tracer):
 
 # ---- The rules. From y and the inputs: for each input x the function g -> dL/dx, where g is dL/dy. ----
 #
-# A function holds on to those arrays only that it names, and where x was broadcast, `fit` adds up.
+# A function keeps in memory only the arrays that it names. Where x was broadcast, sum_to_shape adds up the copies.
 
 
-def kept(g, axis, shape):
-    """g, which has lost the axes that an array of `shape` was reduced over, with these as axes of length 1."""
+def restore_axes(g, axis, shape):
+    """g, the gradient of a sum (or maximum) of an array of `shape` along `axis`, with these axes again, of length 1."""
     axes = range(len(shape)) if axis is None else normalize_axis_tuple(axis, len(shape))
     return np.reshape(g, [1 if i in axes else n for i, n in enumerate(shape)])
 
 
 def extreme(y, x, axis=None, keepdims=False):
-    """max and min: the gradient goes where the extreme is, in equal parts where it is several times."""
-    hit = x == kept(y, axis, x.shape)
-    n = np.sum(hit, axis=axis, keepdims=True).astype(x.dtype)
-    return [lambda g: np.where(hit, kept(g, axis, hit.shape) / n, 0)]
+    """max and min: only the largest (smallest) number affects the result; if several are equal, each gets an equal
+    part of the gradient."""
+    is_extreme = x == restore_axes(y, axis, x.shape)
+    n = np.sum(is_extreme, axis=axis, keepdims=True).astype(x.dtype)
+    return [lambda g: np.where(is_extreme, restore_axes(g, axis, is_extreme.shape) / n, 0)]
 
 
-def larger(g, a, b):
+def where_larger(g, a, b):
+    """g where a is larger than b, half of g where they are equal, elsewhere 0."""
     return np.where(a > b, g, np.where(a == b, g / 2, 0))
 
 
@@ -159,12 +162,11 @@ def concatenate(y, arrays, axis=0):
     return [lambda g, part=slice(end - n, end): g[(*before, part)] for n, end in zip(lengths, ends, strict=True)]
 
 
-def written(y, buffer, new, start):
-    """update: what was overwritten has no effect, what was written has that of its place."""
-    columns = [numpy.arange(n).reshape(-1, *[1] * (len(start) - 1 - i)) for i, n in enumerate(new.shape)]
-    place = tuple(i + column for i, column in zip(start, columns, strict=True))
-    nothing = np.zeros_like(new)
-    return [lambda g: update(np.copy(g), nothing, start), lambda g: call("getitem", g, place)]
+def update_rule(y, buffer, new, start):
+    """update: numbers that were overwritten get gradient 0, those of `new` get that of where they were written."""
+    place = tuple(i + numbers for i, numbers in zip(start, numpy.indices(new.shape, sparse=True), strict=True))
+    zeros = np.zeros_like(new)
+    return [lambda g: update(np.copy(g), zeros, start), lambda g: call("getitem", g, place)]
 
 
 def scatter(x, index, shape):
@@ -197,17 +199,17 @@ RULES = {
     "tanh": lambda y, x: [lambda g: g * (1 - y * y)],  # d tanh(x) = (1 - tanh(x)^2) dx
     "sin": lambda y, x: [lambda g: g * np.cos(x)],
     "cos": lambda y, x: [lambda g: -g * np.sin(x)],
-    # The smaller of two has no effect; equals share. np.where, not a product with 0: 0 * inf would be NaN.
-    "maximum": lambda y, a, b: [lambda g: larger(g, a, b), lambda g: larger(g, b, a)],
-    "minimum": lambda y, a, b: [lambda g: larger(g, b, a), lambda g: larger(g, a, b)],
+    # The smaller of two numbers does not affect their maximum. np.where, not a product with 0: 0 * inf would be NaN.
+    "maximum": lambda y, a, b: [lambda g: where_larger(g, a, b), lambda g: where_larger(g, b, a)],
+    "minimum": lambda y, a, b: [lambda g: where_larger(g, b, a), lambda g: where_larger(g, a, b)],
     "where": lambda y, c, a, b: [None, lambda g: np.where(c, g, 0), lambda g: np.where(c, 0, g)],
     "matmul": lambda y, a, b: [lambda g: g @ b.mT, lambda g: a.mT @ g],  # d(A B) = dA B + A dB
     # A whole layer, gpt2.softmax: dy = y (dx - sum(y dx)). Its maximum cancels out, so no gradient passes through that;
     # with the rules of its five operations a step of training takes a tenth longer.
     "softmax": lambda y, x: [lambda g: y * (g - np.sum(g * y, axis=-1, keepdims=True))],
-    # Sums: each term has the effect of the sum. What only moves numbers: g moves back.
+    # Each term of a sum gets the gradient of the sum. Where numbers were only moved, their gradients are moved back.
     "sum": lambda y, x, axis=None, keepdims=False: [
-        lambda g, shape=x.shape: np.broadcast_to(kept(g, axis, shape), shape),
+        lambda g, shape=x.shape: np.broadcast_to(restore_axes(g, axis, shape), shape),
     ],
     "max": extreme,
     "min": extreme,
@@ -223,11 +225,12 @@ RULES = {
     "astype": lambda y, x, _: [lambda g: g],
     "getitem": lambda y, x, index: [lambda g, shape=x.shape: call("scatter", g, index, shape)],  # repeated rows add up
     "scatter": lambda y, x, index, _: [lambda g: call("getitem", g, index)],
-    "update": written,
+    "update": update_rule,
 }
 RULES["abs"] = RULES["absolute"]
-STEPS = """
+# Operations whose result stays the same while their inputs change a little, so that no gradient passes through them.
+CONSTANT = """
 less less_equal greater greater_equal equal not_equal isnan isinf isfinite isin searchsorted argmax argmin argsort
 any all sign floor ceil floor_divide logical_and logical_or logical_not zeros_like ones_like"""
-CONSTANT = set(STEPS.split())  # nothing flows back through these: between their jumps their values do not change
+CONSTANT = set(CONSTANT.split())
 FLOATS = "fV"  # the kinds of dtypes that have a gradient; V is bfloat16's

@@ -15,7 +15,7 @@ import itertools
 import math
 import operator
 
-import numpy
+import numpy  # NumPy itself; np, below, follows its arguments
 
 from backends import np, update
 
@@ -145,8 +145,11 @@ def split(x, parts, axis=0):
 
 
 def matmul(x, w):
-    """Makes it a product of matrices: a vector is one row or one column; many rows times one matrix are one product."""
-    n_axes = getattr(w, "ndim", 2)  # ColumnMajor of numpy_layout.py has no ndim
+    """Makes it a product of matrices: a vector is one row or one column; many rows times one matrix are one product.
+    A tuple stands for a matrix that knows its own product, as a sum of several (training/lora.py)."""
+    if isinstance(w, tuple):
+        return w.__rmatmul__(x)
+    n_axes = w.ndim
     if n_axes == 1:
         return (x @ w.reshape(-1, 1)).reshape(x.shape[:-1])
     if n_axes == 2 and x.ndim != 2:
@@ -158,11 +161,16 @@ def matmul(x, w):
 
 def take_along_axis(x, indices, axis):
     """x[index], where all axes but one are read in step with the indices."""
-    index = [numpy.arange(n).reshape(-1, *[1] * (x.ndim - 1 - i)) for i, n in enumerate(x.shape)]
+    index = [*numpy.indices(x.shape, sparse=True)]  # arange(n) along each axis
     index[axis] = indices
     return call("getitem", x, tuple(index))
 
 
-COMPOSED = {f.__name__: f for f in (mean, asarray, stack, expand_dims, split, matmul, take_along_axis)}
+def take(x, indices, axis):
+    """x[indices] along an axis. Unlike x[indices], it accepts a NumPy array x with traced indices."""
+    return call("getitem", x, (*(slice(None),) * (axis % x.ndim), indices))
+
+
+COMPOSED = {f.__name__: f for f in (mean, asarray, stack, expand_dims, split, matmul, take, take_along_axis)}
 COMPOSED["clip"] = lambda x, low, high: np.minimum(np.maximum(x, low), high)
 PLAIN = {"getitem": operator.getitem, "update": update, "astype": lambda x, dtype: x.astype(dtype)}  # not NumPy's own

@@ -67,6 +67,12 @@ def parallel_map(f, items):
         set_threads(max_threads())
 
 
+def shares(n):
+    """A slice for each thread, which together cover range(n)."""
+    bounds = [n * i // current() for i in range(current() + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+
 def find_choice(choices, shape):
     """The Choice for steps with tokens of this shape, from the dict `choices`; None if the step is not to be timed."""
     if shape not in choices and numpy.prod(shape) > 1:
@@ -98,7 +104,7 @@ def choose(numbers, n):
     trial) / SHARE seconds, so the slower a trial was, the later comes the next. After each change some steps do not
     count: BLAS threads that are not needed any more keep their cores busy for a while.
     """
-    usual = collections.deque((yield from run(n, 4))[2:], maxlen=8)
+    usual = collections.deque((yield from run(n, 8))[2:], maxlen=8)
     for other in itertools.cycle(numbers):
         if other == n:
             continue
@@ -138,6 +144,7 @@ def current():
 
 
 set_to = [None]  # the number that was set last
+pool = concurrent.futures.ThreadPoolExecutor()  # its threads start when the first work is shared out
 
 
 @functools.cache

@@ -17,11 +17,10 @@ indexed by a tracer. An operation without a rule is refused.
 
 import functools
 
-import numpy
+import numpy  # NumPy itself; np, below, follows its arguments
 from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
 
 from backends import np
-from backends.numpy_layout import product
 from backends.numpy_levels import Tracer, call, highest, map_args, new_level, plain
 from weights.params import tree_map
 
@@ -167,10 +166,6 @@ def elementwise(f, *args, **kwargs):
     return f(*[align(x, n) for x in args], **kwargs)
 
 
-def astype(f, x, dtype):
-    return f(x.array, dtype)
-
-
 def along(f, x, axis=None, **kwargs):
     """Operations along axes; None means all of them."""
     axes = range(ndim(x)) if axis is None else normalize_axis_tuple(axis, ndim(x))
@@ -181,10 +176,6 @@ def along_one(f, x, axis=None, **kwargs):
     """Operations along one axis; None means that of the flattened array."""
     array = x.array.reshape(len(x.array), -1) if axis is None else x.array
     return f(array, axis=1 if axis is None else shift(axis, ndim(x)), **kwargs)
-
-
-def along_last(f, x, axis=-1, **kwargs):
-    return along_one(f, x, axis, **kwargs)
 
 
 def shift(axis, n):
@@ -226,8 +217,7 @@ def matmul(f, x, w):
     if not isinstance(w, Rows) and getattr(w, "ndim", 2) == 2:
         *outer, n_in = x.array.shape
         rows = x.array.reshape(-1, n_in)  # [n_batch, ..., n_in] -> [n_batch * ..., n_in]
-        both_plain = isinstance(rows, numpy.ndarray) and isinstance(w, numpy.ndarray)
-        return (product(rows, w) if both_plain else rows @ w).reshape(*outer, -1)
+        return (rows @ w).reshape(*outer, -1)
     n = max(ndim(x), ndim(w))
     return f(align(x, n), align(w, n))
 
@@ -285,13 +275,13 @@ ELEMENTWISE = """
 add subtract multiply divide floor_divide remainder power maximum minimum where negative absolute abs sign square
 exp log sqrt tanh sin cos floor ceil less less_equal greater greater_equal equal not_equal isnan isinf isfinite
 logical_and logical_or logical_not bitwise_and bitwise_or bitwise_xor invert left_shift right_shift copy zeros_like
-ones_like"""
+ones_like astype"""
 RULES = {
     **dict.fromkeys(ELEMENTWISE.split(), elementwise),
     **dict.fromkeys(["sum", "max", "min", "any", "all", "flip"], along),
     **dict.fromkeys(["argmax", "argmin", "cumsum"], along_one),
-    **dict.fromkeys(["sort", "argsort"], along_last),
+    **dict.fromkeys(["sort", "argsort"], lambda f, x, axis=-1: along_one(f, x, axis)),
     **dict.fromkeys(["isin", "searchsorted"], row_by_row),
     **{rule.__name__: rule for rule in (reshape, swapaxes, transpose, broadcast_to, concatenate, matmul)},
-    **{rule.__name__: rule for rule in (astype, getitem, scatter, update)},
+    **{rule.__name__: rule for rule in (getitem, scatter, update)},
 }

@@ -1,6 +1,6 @@
 """JAX over many devices: which array is cut where, and the model's own functions on the parts.
 
-    library = sharding.Backend(sharding.make_mesh("data=2,model=4"), params, n_head=12)
+    library = sharding.Backend(sharding.make_mesh("data=2,model=4"), params, hparams)
     params = library.asarray(params)             # each device gets its part; use library as you use backends.get("jax")
 
 A mesh arranges the devices in a grid with named axes (here 2 x 4). Each axis divides something else:
@@ -45,14 +45,14 @@ BATCH = ("data", "fsdp")  # both divide the rows of a batch
 
 # How "model" cuts a parameter. One that is not here is whole on each device.
 CUTS = {
-    "*/c_attn/[wb]": "columns of each third",  # q, k and v lie side by side: of each, the columns of the device's heads
-    "*/c_fc/[wb]": "columns",
-    "*/c_proj/w": "rows",
+    "*.c_attn.[wb]": "columns of each third",  # q, k and v lie side by side: of each, the columns of the device's heads
+    "*.c_fc.[wb]": "columns",
+    "*.c_proj.w": "rows",
     "wte": "table",  # rows, of which the last device has some that are padding
-    "*/c_[qkv]/w": "columns",  # LLaMA, from here on
-    "*/c_gate/w": "columns",
-    "*/c_up/w": "columns",
-    "*/c_down/w": "rows",
+    "*.c_[qkv].w": "columns",  # LLaMA, from here on
+    "*.c_gate.w": "columns",
+    "*.c_up.w": "columns",
+    "*.c_down.w": "rows",
     "lm_head": "table",
 }
 
@@ -110,12 +110,13 @@ class Backend:
 
     `asarray` cuts parameters and distributes them. `to_numpy` collects them in the form that they had, so what is saved
     does not depend on the mesh. Both also take a tree that holds several trees of that form, as the state of an
-    optimizer does. `n_head` is the number of heads that are divided, in LLaMA that of keys and values.
+    optimizer does. Of hparams, only the numbers of heads are used.
     """
 
-    def __init__(self, mesh, params, n_head):
+    def __init__(self, mesh, params, hparams):
         self.mesh, self.N_MODEL = mesh, mesh.shape["model"]
         self.N_DATA = mesh.shape["data"] * mesh.shape["fsdp"]
+        n_head = hparams.get("n_head_kv", hparams["n_head"])  # of which n_head is a multiple
         if n_head % self.N_MODEL:
             raise ValueError(f"--mesh model={self.N_MODEL} does not divide the {n_head} heads: {divisors(n_head)}")
         self.cuts = {}
@@ -123,6 +124,10 @@ class Backend:
 
     def __getattr__(self, name):
         return getattr(jax_backend, name)
+
+    def own(self, hparams):
+        """hparams with the numbers of heads that each device has."""
+        return hparams | {name: hparams[name] // self.N_MODEL for name in ("n_head", "n_head_kv") if name in hparams}
 
     def find_cut(self, name, shape):
         """The Cut of a parameter. fsdp cuts the longest axis that it divides and that model does not cut."""
@@ -137,8 +142,11 @@ class Backend:
         return Cut(kind, model, fsdp, shape[0])
 
     def cut_of(self, name):
-        """The Cut of a parameter by its name, or by "mean/" and its name and the like in a tree of several trees."""
-        return self.cuts.get(name) or self.cuts.get(name.partition("/")[2]) or Cut()
+        """The Cut of a parameter by its name, or by "mean." and its name and the like in a tree of several trees."""
+        return self.cuts.get(name) or self.cuts.get(name.partition(".")[2]) or Cut()
+
+    def specs(self, params):
+        return map_leaves(lambda name, _: self.cut_of(name).spec(), params)
 
     # ---- To the devices and back ----
 
@@ -151,8 +159,8 @@ class Backend:
     def distribute(self, name, array):
         """A NumPy array -> one in the memory of the devices. A process reads the parts of its own devices only."""
         array, cut = numpy.asarray(array), self.cut_of(name)
-        if cut.kind == "columns of each third":  # device after device: its columns of q, k and v
-            array = swap_columns(array, 3, self.N_MODEL)
+        # Device after device, its columns of q, k and v.
+        array = swap_columns(array, 3, self.N_MODEL) if cut.kind == "columns of each third" else array
         if cut.kind == "table":
             array = numpy.pad(array, ((0, -len(array) % self.N_MODEL), (0, 0)))
         return jax.make_array_from_callback(array.shape, NamedSharding(self.mesh, cut.spec()), array.__getitem__)
@@ -162,8 +170,7 @@ class Backend:
         if not (array.is_fully_addressable or array.is_fully_replicated):
             array = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, P()))(array)
         array, cut = numpy.asarray(array), self.cut_of(name)
-        if cut.kind == "columns of each third":
-            array = swap_columns(array, self.N_MODEL, 3)
+        array = swap_columns(array, self.N_MODEL, 3) if cut.kind == "columns of each third" else array
         return array[: cut.n_rows] if cut.kind == "table" else array
 
     def rows(self, read, shape):
@@ -173,21 +180,22 @@ class Backend:
     # ---- Functions of all devices ----
 
     def over_devices(self, f, mean=False):
-        """See numpy_backend.over_devices: each device calls f with its parts of params and its rows."""
+        """See numpy_backend.over_devices: each device calls f with its parts of params and its rows. `others` are trees
+        of other parameters."""
 
-        def on_each(params, *rows):
+        def on_each(params, rows, *others):
+            others = map(self.on_device, others)
             if not mean:
-                return f(self.on_device(params), *rows)
+                return f(self.on_device(params), rows, *others)
             # Each device's copy now counts as a parameter of its own, so JAX adds up the gradients of its rows alone.
             copies = map_leaves(lambda name, leaf: jax.lax.pcast(leaf, self.same_along(name), to="varying"), params)
-            loss, gradients = f(copies, *rows)
+            loss, gradients = f(copies, rows, *others)
             return self.mean("", loss), map_leaves(self.mean, gradients)
 
-        def on_all(params, *rows):
-            specs = map_leaves(lambda name, _: self.cut_of(name).spec(), params)
-            out_specs = (P(), specs) if mean else P(BATCH)
-            in_specs = (specs, *[P(BATCH)] * len(rows))
-            return jax.shard_map(on_each, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)(params, *rows)
+        def on_all(params, rows, *others):
+            specs, *more = (self.specs(tree) for tree in (params, *others))
+            places = {"in_specs": (specs, P(BATCH), *more), "out_specs": (P(), specs) if mean else P(BATCH)}
+            return jax.shard_map(on_each, mesh=self.mesh, **places)(params, rows, *others)
 
         return on_all
 
@@ -225,24 +233,21 @@ class Backend:
 def spread(model, forward, mesh):
     """A Model of NumPy's -> the same Model over the devices of a mesh: params and the heads of the cache cut along
     model, the sequences of a batch along data. `forward` is that of its architecture, not compiled."""
-    params = jax.tree.map(numpy.asarray, model.params)  # without NumPy's layout, which this does not copy
-    heads = model.init_cache.keywords  # n_head, and n_head_kv where keys and values have fewer
-    library = Backend(mesh, params, min(heads.values()))
     if mesh.shape["fsdp"] > 1:
         raise ValueError("--mesh fsdp divides training: choose data and model")
-    own = {name: n // library.N_MODEL for name, n in heads.items()}
+    settings = model.init_cache.keywords  # n_head, or config for a LLaMA
+    library = Backend(mesh, model.params, settings.get("config", settings))
+    own = {"config": library.own(settings["config"])} if "config" in settings else library.own(settings)
 
     def on_each(params, tokens, cache, position, last):
         return forward(library.on_device(params), tokens, cache, position, last, **own, jit=jax.jit)
 
-    specs = map_leaves(lambda name, _: library.cut_of(name).spec(), params)
-    cache = P("model") if library.N_MODEL > 1 else P()
-    in_specs, out_specs = (specs, P(), cache, P(), P()), (P(), cache)
-    on_all = jax.shard_map(on_each, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-    library.vmap = functools.partial(vmap_along_data, mesh.shape["data"])
+    cache = P("model") if library.N_MODEL > 1 else P()  # of the heads, the first axis
+    places = {"in_specs": (library.specs(model.params), P(), cache, P(), P()), "out_specs": (P(), cache)}
+    step = jax.jit(jax.shard_map(on_each, mesh=mesh, **places), donate_argnums=2)
     empty = jax.jit(model.init_cache, static_argnums=1, out_shardings=NamedSharding(mesh, cache))
-    params = library.asarray(params)
-    return model._replace(params=params, forward=jax.jit(on_all, donate_argnums=2), init_cache=empty, backend=library)
+    library.vmap = functools.partial(vmap_along_data, mesh.shape["data"])
+    return model._replace(params=library.asarray(model.params), forward=step, init_cache=empty, backend=library)
 
 
 def vmap_along_data(n_data, f, in_axes):
@@ -256,8 +261,8 @@ def vmap_along_data(n_data, f, in_axes):
 
 
 def map_leaves(f, tree):
-    """The tree of f(name, leaf), with names such as blocks/0/attn/c_attn/w."""
-    name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    """The tree of f(name, leaf), with names such as blocks.0.attn.c_attn.w."""
+    name_of = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
     return jax.tree_util.tree_map_with_path(lambda path, leaf: f(name_of(path), leaf), tree)
 
 

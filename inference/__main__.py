@@ -10,6 +10,7 @@ import inspect
 import sys
 import time
 from json import dumps
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
@@ -18,31 +19,38 @@ import backends
 import cli
 import utils
 from gpt2 import check_inputs
-from inference import batching, beam, sampling, trace
+from inference import batching, beam, sampling, speculative, trace
+from inference import chat as chats
 from inference import model as models
 from inference.generate import Sequence, generate
 from weights.files import read_text
 from weights.params import find_dtype, why_not_finite
 
 STOPPING = {"false": False, "true": True, "never": "never"}
+N_ANSWER = 512  # tokens of an answer of a chat model, which ends by itself, if nothing else is said
 MARK = "\ufeff"  # the byte order mark with which Windows begins a text file
 
 
+class LeftOut(int):
+    """The default of a number whose meaning depends on other flags. A number that the user gives is an int."""
+
+
 # fmt: off
-def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = "", models_dir: str = "",
+def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_size: str = "", models_dir: str = "",
          base_url: str = "", backend: str = "numpy", dtype: str = "float32", prompt_file: str = "",
          temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int | None = None,
          repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0, min_new_tokens: int = 0, bad_words: list = (),
          stop: list = (), stop_at_eos: bool | None = None, overflow: str = "error",
          num_samples: int = 1, batch: bool = False, num_beams: int = 1, length_penalty: float = 1.0,
-         early_stopping: str = "false", json: bool = False, trace: int = 0, mesh: str = ""):
+         early_stopping: str = "false", draft: str = "", draft_model: str = "", json: bool = False, trace: int = 0,
+         chat: bool = False, system: str = "", adapter: str = "", mesh: str = ""):
     # fmt: on
     """GPT-2 continues your text. The new text alone goes to stdout, as it is generated; all else to stderr.
 
     Args:
         prompt: the text to continue; without one (and without piped stdin) the model begins a text of its own
-        n_tokens_to_generate: how many tokens (parts of words) to add, at most n_ctx minus the prompt's
-        model_size: 124M, 355M, 774M, 1558M, 3M or a model folder; left out: 124M if it can be had, else 3M
+        n_tokens_to_generate: how many tokens (parts of words) to add, up to n_ctx minus the prompt's; with --chat: 512
+        model_size: 124M, 355M, 774M, 1558M, 3M, smollm2, owner/name, a folder or file; left out: 124M, or else 3M
         models_dir: where the folders of models are; left out: models/ beside gpt2.py
         base_url: where to download from; left out: the environment's GPT2_BASE_URL, or OpenAI's address
         backend: numpy, or jax (compiled, and on an accelerator if there is one)
@@ -65,19 +73,37 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         num_beams: search for the likeliest text with this many beams, up to 1024; 1: off
         length_penalty: for beams, -10 to 10: above 0 favours long texts; 1: the mean log-probability
         early_stopping: for beams: false, true or never: when enough have ended (inference/beam.py)
+        draft: lookup: guess tokens from the text itself and check several at once: faster, the same text
+        draft_model: a smaller model with the same tokenizer, such as 124M beside 1558M, that guesses tokens
         json: a JSON object a line: prompt, text, token_ids, log_probabilities (score), stop_reason, seconds
+        chat: the prompt is a message, and the model answers; without one, on a terminal, it is a conversation
+        system: with --chat: what the model is to know or to do in all answers
         trace: show this many candidates for each token on stderr, up to 20; 0: off
+        adapter: a folder with a LoRA for this model, made by training.finetune or by peft
         mesh: how JAX's devices divide the model and the batch, such as data=2,model=4; left out: one device
     """
     flags = SimpleNamespace(**locals())
     flags.stop, flags.bad_words = as_texts(stop), as_texts(bad_words)
-    check(flags)
+    if chat and isinstance(n_tokens_to_generate, LeftOut):
+        flags.n_tokens_to_generate = LeftOut(N_ANSWER)
+    cli.check(rules(flags))
+    sampling.check(sampling_params(flags))
     find_dtype(dtype)
     device = backends.get(backend).setup(dtype)
     prompts = read_prompts(flags)
-    tokenizer, model = models.load(model_size, models_dir, base_url, backend, dtype, mesh)
+    if chat:  # the template first: a model that has none is not loaded
+        flags.model_size = str(utils.choose_model(model_size, models_dir, base_url).resolve())
+        flags.template = chats.load_template(Path(flags.model_size))
+    tokenizer, model = models.load(flags.model_size, models_dir, base_url, backend, dtype, adapter, mesh)
+    if is_conversation(flags):
+        start = chats.Conversation(model, tokenizer, flags.template, system)
+        return chats.converse(start, functools.partial(make_answer, flags, tokenizer, model))
     sequences = make_sequences(flags, tokenizer, model, prompts)
-    if any(prompt.endswith(" ") for prompt in prompts):
+    flags.drafter = speculative.Lookup() if draft else None
+    if draft_model:
+        settings = {"models_dir": models_dir, "base_url": base_url, "backend": backend, "dtype": dtype}
+        flags.drafter = speculative.load_draft_model(draft_model, tokenizer, model, seed, **settings)
+    if not chat and any(prompt.endswith(" ") for prompt in prompts):
         print("hint: a prompt ends in a space, which belongs to the next token: leave it out", file=sys.stderr)
     if backend != "numpy":
         print(device + f", mesh {mesh}" * bool(mesh), file=sys.stderr)
@@ -86,7 +112,8 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = 40, model_size: str = 
         with numpy.errstate(all="ignore"):  # what is not finite is reported below
             results = (search if num_beams > 1 else sample)(flags, model, prompts, sequences)
     except FloatingPointError as error:
-        raise OSError(f"{error}: {why_not_finite(model.params, dtype)}") from None
+        params = model.params | ({"draft_model": flags.drafter.model.params} if draft_model else {})
+        raise OSError(f"{error}: {why_not_finite(params, dtype)}") from None
     seconds = {"seconds": round(time.perf_counter() - started, 4)}
     if json:
         print("\n".join(dumps(result | seconds, ensure_ascii=False) for result in results))
@@ -102,16 +129,9 @@ def as_texts(texts):
 # ---- The rules for flags ----
 
 
-def check(flags):
-    """Raises ValueError for a value that is out of range, and for a flag that has no effect beside another."""
-    for broken, message in rules(flags):
-        if broken:
-            raise ValueError(message)
-    sampling.check(sampling_params(flags))
-
-
 def rules(f):
-    """Yields (whether the flags break a rule, the message): first the rules for one flag, then those for several."""
+    """Yields (whether the flags break a rule, the message), for cli.check: first the rules for one flag, then those
+    for several. sampling.check has further ones."""
     yield not 1 <= f.num_samples <= 1024, f"--num_samples {f.num_samples} is out of range: 1 to 1024"
     yield not 1 <= f.num_beams <= 1024, f"--num_beams {f.num_beams} is out of range: 1 (off) to 1024"
     yield f.trace > 20, f"--trace {f.trace} is out of range: 0 (off) to 20 candidates"
@@ -137,7 +157,14 @@ def rules(f):
         yield not beams and name in is_set, f"--{name} has no effect without --num_beams"
     yield cold and f.seed is not None, "--seed has no effect at --temperature 0: set --temperature too"
     yield cold and f.num_samples > 1, "--num_samples are all the same at --temperature 0: set --temperature too"
-    for name in ("trace", "overflow"):
+    yield f.system and not f.chat, "--system has no effect without --chat"
+    yield f.chat and "stop_at_eos" in is_set, "an answer always ends at the model's end ids: leave out --stop_at_eos"
+    yield f.chat and "overflow" in is_set, "--overflow would cut off the beginning of the messages: leave it out"
+    for name in ("json", "trace", "num_samples", "num_beams", "draft", "draft_model"):
+        yield is_conversation(f) and name in is_set, f"--{name} is for one message: give it as the prompt"
+    yield f.draft not in ("", "lookup"), f"--draft {f.draft!r}: choose lookup, or name a model with --draft_model"
+    yield f.draft and f.draft_model, "--draft and --draft_model both guess tokens: choose one"
+    for name in ("trace", "overflow", "draft", "draft_model"):
         yield name in is_set and (beams or several), f"--{name} is for one text that is not searched by beams"
 
 
@@ -157,11 +184,18 @@ def read_prompts(flags):
         raise ValueError("a prompt and --prompt_file are two prompts: give one")
     source = flags.prompt_file or ("-" if not flags.prompt and cli.stdin_is_piped() else "")
     prompt = read_prompt_file(source) if source else flags.prompt
+    if flags.chat and not prompt.strip() and not is_conversation(flags):
+        raise ValueError("--chat needs a message: give it as the prompt, or start this on a terminal")
     if not flags.batch:
         return [prompt] * flags.num_samples
     if not prompt:
         raise ValueError(f"--prompt_file {flags.prompt_file}: no lines")
     return [line.removesuffix("\r") for line in prompt.split("\n")]
+
+
+def is_conversation(flags):
+    """Whether messages are typed on a terminal, one after the other."""
+    return flags.chat and not flags.prompt and not flags.prompt_file and sys.stdin is not None and sys.stdin.isatty()
 
 
 def read_prompt_file(path):
@@ -178,23 +212,53 @@ def read_prompt_file(path):
 
 def make_sequences(flags, tokenizer, model, prompts):
     """A Sequence for each prompt. Raises ValueError if one is too long for n_ctx, unless --overflow is slide."""
-    words = [space + word.strip() for word in flags.bad_words for space in ("", " ")]
-    params = sampling_params(
-        flags, bad_words=tuple(tuple(tokenizer.encode(word)) for word in words), end_ids=model.end_ids,
-        banned=utils.ids_without_token(tokenizer, model.n_vocab, model.end_ids),
-    )  # fmt: skip
-    stops = model.stop_at_eos if flags.stop_at_eos is None else flags.stop_at_eos
-    settings = {"end_ids": model.end_ids if stops else (), "stop": flags.stop, "keep_log_probabilities": flags.json}
-    sequences = []
+    make, sequences = sequence_maker(flags, tokenizer, model), []
     for i, prompt in enumerate(prompts):
-        ids, n_new, seed = utils.first_ids(tokenizer, prompt), flags.n_tokens_to_generate, flags.seed
+        ids = prompt_ids(flags, tokenizer, prompt)
+        n_new = n_answer(flags, model, ids)
         if flags.overflow == "error":
             try:
                 check_inputs(ids, n_new, model.n_vocab, model.n_ctx)
             except ValueError as error:
                 raise ValueError(f"line {i + 1}: {error}" if flags.batch else str(error)) from None
-        sequences.append(Sequence(tokenizer, ids, n_new, params, seed=None if seed is None else seed + i, **settings))
+        sequences.append(make(ids, n_new, i))
     return sequences
+
+
+def prompt_ids(flags, tokenizer, prompt):
+    """The ids of a prompt; with --chat, of the prompt as a message."""
+    if not flags.chat:
+        return utils.first_ids(tokenizer, prompt)
+    return flags.template.encode(tokenizer, chats.as_messages(prompt, flags.system))
+
+
+def n_answer(flags, model, ids):
+    """The number of tokens to generate: what the flag says, or for an answer what n_ctx leaves of N_ANSWER."""
+    n_new = flags.n_tokens_to_generate
+    return max(1, min(n_new, model.n_ctx - len(ids))) if isinstance(n_new, LeftOut) and flags.chat else n_new
+
+
+def make_answer(flags, tokenizer, model, ids):
+    """The Sequence of an answer in a conversation, where what n_ctx leaves is always the limit."""
+    n_new = min(flags.n_tokens_to_generate, model.n_ctx - len(ids))
+    return sequence_maker(flags, tokenizer, model)(ids, n_new, 0)
+
+
+def sequence_maker(flags, tokenizer, model):
+    """(ids, number of new tokens, its place among several) -> a Sequence, as the flags say."""
+    words = [space + word.strip() for word in flags.bad_words for space in ("", " ")]
+    params = sampling_params(
+        flags, bad_words=tuple(tuple(tokenizer.encode(word)) for word in words), end_ids=model.end_ids,
+        banned=utils.ids_without_token(tokenizer, model.n_vocab, model.end_ids),
+    )  # fmt: skip
+    stops = flags.chat or (model.stop_at_eos if flags.stop_at_eos is None else flags.stop_at_eos)
+    settings = {"end_ids": model.end_ids if stops else (), "stop": flags.stop, "keep_log_probabilities": flags.json}
+
+    def make(ids, n_new, i):
+        seed = None if flags.seed is None else flags.seed + i
+        return Sequence(tokenizer, ids, n_new, params, seed=seed, **settings)
+
+    return make
 
 
 # ---- From sequences to text ----
@@ -208,7 +272,8 @@ def sample(flags, model, prompts, sequences):
         stream(flags, model, *sequences)
     return [
         {"prompt": prompt, "text": sequence.text, "token_ids": sequence.new_ids,
-         "log_probabilities": sequence.log_probabilities, "stop_reason": sequence.finish_reason}
+         "log_probabilities": sequence.log_probabilities, "stop_reason": sequence.finish_reason,
+         **({"accepted_per_step": flags.drafter.accepted_per_step} if flags.drafter else {})}
         for prompt, sequence in zip(prompts, sequences, strict=True)
     ]  # fmt: skip
 
@@ -222,11 +287,15 @@ def stream(flags, model, sequence):
     """Generates one sequence. Prints the pieces of the text, or the lines of --trace, as they are generated."""
     note = "the text has outgrown n_ctx: from here on the model sees the last part of it only"
     notice = functools.cache(lambda: print(note, file=sys.stderr))  # cached, so it prints once
-    for n_step, piece in enumerate(generate(model, sequence, notice if flags.overflow == "slide" else None), 1):
+    run = functools.partial(speculative.generate, drafter=flags.drafter) if flags.drafter else generate
+    pieces = run(model, sequence, overflow=notice if flags.overflow == "slide" else None)
+    for n_step, piece in enumerate(pieces, 1):
         if flags.trace and sequence.finish_reason != "n_ctx":
             print(*trace.lines(sequence, flags.trace, n_step, rich=sys.stderr.isatty()), sep="\n", file=sys.stderr)
         if is_streamed(flags):
             print(piece, end="", flush=True)
+    if flags.chat:
+        chats.hint_if_cut(sequence, model.n_ctx)
 
 
 def search(flags, model, prompts, sequences):
@@ -234,7 +303,8 @@ def search(flags, model, prompts, sequences):
     (prompt,), (sequence,) = prompts, sequences
     found = beam.search(
         model, sequence.ids, flags.n_tokens_to_generate, flags.num_beams, length_penalty=flags.length_penalty,
-        early_stopping=STOPPING[flags.early_stopping.lower()], end_ids=sequence.end_ids, params=sequence.params,
+        early_stopping=STOPPING[flags.early_stopping.lower()], end_ids=sequence.end_ids,
+        sampling_params=sequence.sampling_params,
     )  # fmt: skip
     return [
         {"prompt": prompt, "text": sequence.tokenizer.decode(hypothesis.ids), "token_ids": hypothesis.ids,

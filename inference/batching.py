@@ -18,13 +18,20 @@ import numpy
 
 from backends import np
 from inference.model import n_positions
+from training import lora
 from weights.params import tree_map
 
 
 @functools.lru_cache
 def batched(forward, library):
-    """model.forward for a batch: the same params for all; tokens, cache, position and last for each slot."""
-    return library.tune(library.jit(library.vmap(forward, in_axes=(None, 0, 0, 0, 0)), donate_argnums=(2,)))
+    """model.forward for a batch: the same params and adapters for all; for each slot tokens, cache, position, last, and
+    which of the adapters it has (0: none)."""
+
+    def adapted(params, adapters, tokens, cache, position, last, adapter):
+        return forward(lora.choose(params, adapters, adapter), tokens, cache, position, last)
+
+    step = library.vmap(adapted, in_axes=(None, None, 0, 0, 0, 0, 0))
+    return library.tune(library.jit(step, donate_argnums=(3,)))
 
 
 def init_caches(model, n_slots, n_tokens):
@@ -39,17 +46,18 @@ def repeat(cache, n_slots):
     return tree_map(lambda array: np.stack([array] * n_slots), cache)
 
 
-def step_batch(model, tokens, cache, positions):
+def step_batch(model, tokens, cache, positions, adapters=None, chosen=None):
     """inference.model.step for a batch: a list of tokens and a position for each slot. (logits [n_slots, n_vocab],
-    cache)"""
+    cache). With adapters, as lora.stack returns them, `chosen` has the number of each slot's."""
     longest = max(map(len, tokens))
     n_padded = min(model.backend.bucket_length(longest), n_positions(cache) - max(positions))
     padded = numpy.zeros((len(tokens), n_padded), numpy.int32)
     for row, some in zip(padded, tokens, strict=True):
         row[: len(some)] = some
     last = numpy.array([len(some) - 1 for some in tokens], numpy.int32)
+    chosen = numpy.array(chosen or [0] * len(tokens), numpy.int32)
     forward = batched(model.forward, model.backend)
-    return forward(model.params, padded, cache, numpy.array(positions, numpy.int32), last)
+    return forward(model.params, adapters or {}, padded, cache, numpy.array(positions, numpy.int32), last, chosen)
 
 
 class Batch:
@@ -57,12 +65,14 @@ class Batch:
 
     On a backend that compiles, the number of slots is fixed, as another number would be another program; a free slot
     computes a token that is not used. On one that does not, there are as many slots as sequences, so a batch that
-    shrinks gets faster.
+    shrinks gets faster. `adapters` is {name: leaves}, the leaves as lora.load returns them.
     """
 
-    def __init__(self, model, n_slots, n_tokens):
+    def __init__(self, model, n_slots, n_tokens, adapters=None):
         n_slots += -n_slots % model.backend.N_DATA  # many devices divide the slots evenly
         self.model, self.n_slots, self.n_tokens = model, n_slots, n_tokens
+        self.adapter_names = [None, *(adapters or {})]
+        self.adapters = model.backend.asarray(lora.stack([*(adapters or {}).values()]))
         self.slots = [None] * n_slots if model.backend.COMPILES else []
         self.positions, self.pending = [0] * len(self.slots), [[0]] * len(self.slots)  # pending: not in the cache yet
         self.cache = None
@@ -73,7 +83,9 @@ class Batch:
 
     def add(self, sequence):
         """Puts a sequence into a free slot; the next step computes its prompt. Raises ValueError if no slot is free or
-        if the sequence needs more positions than a slot has."""
+        if the sequence needs more positions than a slot has, or an adapter that the batch does not have."""
+        if sequence.adapter not in self.adapter_names:
+            raise ValueError(f"no adapter {sequence.adapter!r:.80}: choose from {', '.join(self.adapter_names[1:])}")
         n_needed = len(sequence.ids) + sequence.n_tokens_to_generate
         if len(self.sequences()) == self.n_slots or n_needed > self.n_tokens:
             raise ValueError(f"{self.n_slots} slots of {self.n_tokens} tokens: no room for one more of {n_needed}")
@@ -103,7 +115,8 @@ class Batch:
         # The slot with the most tokens limits how many a step can add. A longer prompt continues in the next step.
         room = n_positions(self.cache) - max(self.positions)
         tokens = [pending[:room] for pending in self.pending]
-        logits, self.cache = step_batch(self.model, tokens, self.cache, self.positions)
+        chosen = [self.adapter_names.index(sequence and sequence.adapter) for sequence in self.slots]
+        logits, self.cache = step_batch(self.model, tokens, self.cache, self.positions, self.adapters, chosen)
         logits, results = self.model.backend.to_numpy(logits), []
         for slot, sequence in enumerate(self.slots):
             if sequence is not None:
@@ -126,11 +139,11 @@ class Batch:
             self.cache = joined or empty
 
 
-def generate_batch(model, sequences):
+def generate_batch(model, sequences, adapters=None):
     """Generates all sequences at once until each has finished. Each must have at least one id and fit into n_ctx."""
     sequences = [sequence for sequence in sequences if sequence.finish_reason is None]
     if sequences:
-        batch = Batch(model, len(sequences), max(len(s.ids) + s.n_tokens_to_generate for s in sequences))
+        batch = Batch(model, len(sequences), max(len(s.ids) + s.n_tokens_to_generate for s in sequences), adapters)
         for sequence in sequences:
             batch.add(sequence)
         while batch.sequences():

@@ -30,7 +30,7 @@ class Hypothesis(NamedTuple):
 
 
 def search(model, inputs, n_tokens_to_generate, num_beams, *, length_penalty=1.0, early_stopping=False, end_ids=(),
-           params=sampling.GREEDY):  # fmt: skip
+           sampling_params=sampling.GREEDY):  # fmt: skip
     """Up to num_beams Hypotheses of up to n_tokens_to_generate new ids, best first. One beam gives the greedy text.
 
     early_stopping: when num_beams hypotheses are enough: True, as soon as they are found; False, when the best beam, if
@@ -45,7 +45,7 @@ def search(model, inputs, n_tokens_to_generate, num_beams, *, length_penalty=1.0
     for n_new in range(1, n_tokens_to_generate + 1):
         if n_new > 1:
             logits, cache = advance(model, beams, parents, num_beams, cache, len(inputs) + n_new - 2)
-        ended, beams, parents = extend(beams, totals(beams, logits, inputs, params), num_beams, end_ids)
+        ended, beams, parents = extend(beams, totals(beams, logits, inputs, sampling_params), num_beams, end_ids)
         hypotheses += [Hypothesis(ids, total / n_new**length_penalty, True) for ids, total in ended]
         hypotheses = best(hypotheses, num_beams)
         n_best = n_tokens_to_generate if early_stopping == "never" and length_penalty > 0 else n_new
@@ -62,13 +62,13 @@ def best(hypotheses, n):
     return sorted(hypotheses, key=lambda hypothesis: -hypothesis.score)[:n]
 
 
-def totals(beams, logits, inputs, params):
+def totals(beams, logits, inputs, sampling_params):
     """[n_beams, n_vocab]: for each beam, the sum of log-probabilities that each token would lead to."""
     rows = []
     for (ids, total), row in zip(beams, logits, strict=False):
         with numpy.errstate(divide="ignore"):  # a probability may be 0
             log_probabilities = numpy.log(softmax(numpy.asarray(row, numpy.float64)))
-        rows.append(total + sampling.process(log_probabilities, inputs + ids, len(ids), params))
+        rows.append(total + sampling.process(log_probabilities, inputs + ids, len(ids), sampling_params))
     return numpy.stack(rows)
 
 

@@ -25,14 +25,15 @@ class Sequence:
     finish_reason       None until it ends; "length" (n_tokens_to_generate new tokens), "end_of_text" (one of end_ids
                         was chosen), "stop" (one of the stop texts appeared) or "n_ctx" (the context is full)
     logits, chosen      the model's logits for the newest token, before any processor, and the id that was chosen
+    adapter             the name of one of the adapters of a Batch, or None: see batching.py
     log_probabilities   of the new tokens by the model (natural logarithms, before any processor), or None if not kept
     """
 
-    def __init__(self, tokenizer, inputs, n_tokens_to_generate, params=sampling.GREEDY, *, end_ids=(), stop=(),
-                 seed=None, keep_log_probabilities=False):  # fmt: skip
+    def __init__(self, tokenizer, inputs, n_tokens_to_generate, sampling_params=sampling.GREEDY, *, end_ids=(), stop=(),
+                 seed=None, keep_log_probabilities=False, adapter=None):  # fmt: skip
         self.tokenizer, self.ids, self.new_ids = tokenizer, list(inputs), []
         self.logits = self.chosen = None
-        self.params, self.end_ids = params, set(end_ids)
+        self.sampling_params, self.end_ids, self.adapter = sampling_params, set(end_ids), adapter
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
         self.n_tokens_to_generate = n_tokens_to_generate
         self.finish_reason = None if n_tokens_to_generate else "length"
@@ -41,11 +42,11 @@ class Sequence:
         self._seed, self._coins = seed, None
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back an incomplete character
 
-    def accept(self, logits):
-        """Chooses the next token from the model's logits [n_vocab]. Returns the new text that no later
-        token can change, which may be ""."""
+    def accept(self, logits, choose=sampling.choose):
+        """Chooses the next token from the model's logits [n_vocab], by sampling.choose or a function with the same
+        arguments. Returns the new text that no later token can change, which may be ""."""
         self.logits = numpy.asarray(logits, numpy.float64)
-        self.chosen = sampling.choose(self.logits, self.ids, len(self.new_ids), self.params, self._coin())
+        self.chosen = choose(self.logits, self.ids, len(self.new_ids), self.sampling_params, self._coin())
         if self.chosen in self.end_ids:
             return self.finish("end_of_text")
         self.ids.append(self.chosen)
@@ -58,7 +59,7 @@ class Sequence:
 
     def _coin(self):
         """A number that is uniform in [0, 1), the next of the seed's. Greedy decoding needs none."""
-        if self.params.temperature == 0:
+        if self.sampling_params.temperature == 0:
             return 0.0
         self._coins = self._coins or numpy.random.default_rng(self._seed)  # numpy.random takes a while to import
         return self._coins.random()

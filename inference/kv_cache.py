@@ -20,14 +20,13 @@ Transformer Inference", section 2). What is new in this file is marked by the th
 
 import functools
 
-import numpy
+import numpy  # NumPy itself; np, below, follows its arguments
 
 import backends
-import utils
 from backends import namespace_of, np, update
 from gpt2 import attention, check_inputs, embed, ffn, layer_norm, linear, merge_heads, split_heads, unembed
 from inference.model import Model, greedy
-from weights.params import cast, tree_map
+from weights.params import tree_map
 
 
 def init_cache(params, n_cache, *, n_head):
@@ -39,18 +38,38 @@ def init_cache(params, n_cache, *, n_head):
 
 
 def causal_attention(q, k, v, mask):
-    """gpt2.attention for a causal mask, in four chunks of queries. A chunk skips the keys that none of its queries may
-    see: for a square mask that saves 3/8 of the work, and the scores of a chunk fit into a processor's cache."""
+    """gpt2.attention for a causal mask, in chunks of queries: four, or more if that would be over 256 queries each. A
+    chunk skips the keys that none of its queries may see: for a square mask that saves 3/8 of the work. And memory
+    holds the scores of one chunk at a time, which grow with n_seq and not with its square."""
     n_seq, n_key = mask.shape
-    n_chunk = max(64, -(-n_seq // 4))
+    n_chunk = min(max(64, -(-n_seq // 4)), 256)
     if n_seq <= n_chunk:
         return attention(q, k, v, mask)
     chunks = []
     for start in range(0, n_seq, n_chunk):
         end = min(start + n_chunk, n_seq)
         n_seen = n_key - n_seq + end  # the last query of the chunk sees so many keys
-        chunks.append(attention(q[:, start:end], k[:, :n_seen], v[:, :n_seen], mask[start:end, :n_seen]))
-    return np.concatenate(chunks, axis=1)
+        seen = k[..., :n_seen, :], v[..., :n_seen, :]
+        chunks.append(attention(q[..., start:end, :], *seen, mask[start:end, :n_seen]))
+    return np.concatenate(chunks, axis=-2)
+
+
+def causal_mask(n_seq, cache, position):
+    """For n_seq tokens that stand at position, position + 1, ...: (their positions [n_seq], the mask [n_seq, n_key]).
+
+    If position is an int, it tells how much of the cache is filled, and n_key counts that alone. Under jit it is a
+    tracer: n_key is all of the cache, and the mask hides what is not filled.
+    """
+    positions = position + np.arange(n_seq)
+    n_key = position + n_seq if isinstance(position, (int, numpy.integer)) else cache[0][1].shape[-2]
+    return positions, np.arange(n_key) <= positions[:, None]  # -> [n_seq, n_key]
+
+
+def extend(cache, k, v, position, n_key):
+    """Writes new keys and values, [n_head, n_seq, d_head], into a layer's cache from `position` on. Returns (the first
+    n_key keys that it holds, their values, the cache)."""
+    keys, values = cache = update(cache[0], k.mT, (0, 0, position)), update(cache[1], v, (0, position, 0))
+    return keys.mT[:, :n_key], values[:, :n_key], cache  # [n_head, n_cache, d_head] -> [n_head, n_key, d_head]
 
 
 def mha(x, c_attn, c_proj, n_head, cache, position, mask):
@@ -58,9 +77,7 @@ def mha(x, c_attn, c_proj, n_head, cache, position, mask):
     the queries attend to all that it holds. Returns (x, cache)."""
     heads = split_heads(linear(x, **c_attn), 3 * n_head)  # [n_seq, n_embd] -> [3*n_head, n_seq, d_head]
     q, k, v = heads.reshape(3, n_head, *heads.shape[1:])  # [3*n_head, n_seq, d_head] -> 3 of [n_head, n_seq, d_head]
-    keys, values = cache = update(cache[0], k.mT, (0, 0, position)), update(cache[1], v, (0, position, 0))
-    n_key = mask.shape[-1]
-    k, v = keys.mT[:, :n_key], values[:, :n_key]  # [n_head, n_cache, d_head] -> [n_head, n_key, d_head]
+    k, v, cache = extend(cache, k, v, position, n_key=mask.shape[-1])  # -> [n_head, n_key, d_head]
     x = merge_heads(causal_attention(q, k, v, mask))  # [n_head, n_seq, d_head] -> [n_seq, n_embd]
     return linear(x, **c_proj), cache
 
@@ -79,12 +96,8 @@ def forward(params, tokens, cache, position, last=None, *, n_head, jit=lambda f:
     costs a product with all of wte. The cache must have room for position + n_seq. Under jit the position may be
     traced, so that one program serves all positions.
     """
-    positions = position + np.arange(len(tokens))
+    positions, mask = causal_mask(len(tokens), cache, position)
     x = embed(tokens, params["wte"], params["wpe"][positions])  # [n_seq] -> [n_seq, n_embd]
-    # If position is an int, it tells how much of the cache is filled. Under jit it is a tracer: the mask hides the
-    # rest.
-    n_key = position + len(tokens) if isinstance(position, (int, numpy.integer)) else cache[0][1].shape[-2]
-    mask = np.arange(n_key) <= positions[:, None]  # -> [n_seq, n_key]
     block_step = jit(functools.partial(transformer_block, n_head=n_head))  # all blocks are alike: JAX traces one
     new_cache = []
     for block, layer in zip(params["blocks"], cache, strict=True):
@@ -98,24 +111,19 @@ def forward(params, tokens, cache, position, last=None, *, n_head, jit=lambda f:
 
 
 @functools.lru_cache
-def compiled(n_head, library):
-    """`forward` for a backend, compiled once in a process for all calls of the same shapes."""
+def forward_on(n_head, library):
+    """`forward` as a backend runs it: compiled by JAX, once in a process for all calls of the same shapes; as it is by
+    NumPy."""
     step = library.jit(functools.partial(forward, n_head=n_head, jit=library.jit), donate_argnums=(2,))
     return library.tune(step)
 
 
-def make_model(params, n_head, library, end_ids=(), stop_at_eos=False):
-    """The Model of params that are on the backend `library` already (library.prepare or library.asarray)."""
-    n_vocab, n_ctx = params["wte"].shape[0], params["wpe"].shape[0]
+def make_model(params, hparams, library, end_ids=(), stop_at_eos=False):
+    """The Model of params that are on the backend `library` already (library.prepare or library.asarray). Of hparams
+    only n_head is used: params tell the other sizes."""
+    n_head, n_vocab, n_ctx = hparams["n_head"], params["wte"].shape[0], params["wpe"].shape[0]
     empty = functools.partial(init_cache, n_head=n_head)
-    return Model(params, compiled(n_head, library), empty, n_vocab, n_ctx, end_ids, stop_at_eos, library)
-
-
-def load(folder, library, dtype="float32"):
-    """(Encoder, Model) of a model folder. Raises OSError for one that is damaged."""
-    encoder, hparams, params = utils.load_folder(folder)
-    params = library.prepare(cast(params, dtype))  # the same name, so that no variable keeps the old arrays in memory
-    return encoder, make_model(params, hparams["n_head"], library, *utils.read_ending(folder, encoder, hparams))
+    return Model(params, forward_on(n_head, library), empty, n_vocab, n_ctx, end_ids, stop_at_eos, library)
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, backend="numpy"):
@@ -123,4 +131,4 @@ def generate(inputs, params, n_head, n_tokens_to_generate, backend="numpy"):
     check_inputs(inputs, n_tokens_to_generate, n_vocab=len(params["wte"]), n_ctx=len(params["wpe"]))
     library = backends.get(backend)
     params = library.prepare(tree_map(lambda array: array, params))  # the caller's own tree stays as it is
-    return list(greedy(make_model(params, n_head, library), inputs, n_tokens_to_generate))
+    return list(greedy(make_model(params, {"n_head": n_head}, library), inputs, n_tokens_to_generate))

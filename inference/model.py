@@ -4,8 +4,8 @@
     cache = init_cache(model, n_tokens=20)
     logits, cache = step(model, tokens, cache, position=0)
 
-An architecture is a module with the functions `load`, which makes a Model, and whatever these need:
-inference/kv_cache.py for GPT-2.
+An architecture is a module with a function `make_model`, which makes a Model of params: inference/kv_cache.py for
+GPT-2, variants/llama.py for LLaMA. Which one a model has, its hyperparameters tell.
 """
 
 import importlib
@@ -15,16 +15,20 @@ import numpy
 
 import backends
 import utils
+from training import lora
+from weights.params import architecture, cast
 
-ARCHITECTURES = {"gpt2": "inference.kv_cache"}  # what a model folder says it is -> the module that computes it
+ARCHITECTURES = {"gpt2": "inference.kv_cache", "llama": "variants.llama"}  # the module that computes each
+N_PREFILL = 512  # tokens of a prompt that pass through the model at once
 
 
 class Model(NamedTuple):
     """A model on a backend, ready to generate.
 
     params       a tree of the backend's arrays
-    forward      (params, tokens [n_seq], cache, position, last) -> (logits of tokens[last], [n_vocab], cache).
-                 Compiled, if the backend compiles; the cache is donated.
+    forward      (params, tokens [n_seq], cache, position, last) -> (logits of tokens[last], [n_vocab], cache); with
+                 last None, the logits of all tokens, [n_seq, n_vocab]. Compiled, if the backend compiles. The new cache
+                 may be made in the memory of the old one: after a call, use only the cache that is returned.
     init_cache   (params, n_cache) -> an empty cache with room for n_cache positions: for each layer a pair of keys
                  [n_head, d_head, n_cache] and values [n_head, n_cache, d_head]
     n_vocab      the number of logits; n_ctx: the number of positions that the model can use
@@ -42,28 +46,45 @@ class Model(NamedTuple):
     backend: Any
 
 
-def load(model_size="", models_dir=None, base_url=None, backend="numpy", dtype="float32", mesh=""):
-    """(tokenizer, Model) of a model by its name: the one place that chooses the architecture (so far there is one).
+def load(model_size="", models_dir=None, base_url=None, backend="numpy", dtype="float32", adapter="",
+         mesh=""):  # fmt: skip
+    """(tokenizer, Model) of a model by its name.
 
-    Without a name it is 124M, or the embedded model if 124M cannot be had. A mesh, such as "model=2", divides the model
-    among JAX's devices (backends/sharding.py). Raises ValueError and OSError as utils.load_encoder_hparams_and_params
-    does, for an unknown backend, for an unknown dtype, and for a mesh that does not divide the devices or the heads.
+    `adapter` is a folder with a LoRA (weights/peft.py), which is merged into the weights. A mesh, such as "model=2",
+    divides the model among JAX's devices (backends/sharding.py).
+    Without a name it is 124M, or 3M, which comes with this repository, if 124M cannot be had. Raises ValueError and
+    OSError as utils.load_encoder_hparams_and_params does, for an unknown backend and for an unknown dtype, and
+    ValueError for a mesh that does not divide the devices or the heads.
     """
-    library = backends.get(backend)
-    devices = make_mesh(mesh, backend) if mesh else None
+    library, devices = backends.get(backend), make_mesh(mesh, backend)
     folder = utils.choose_model(model_size, models_dir, base_url)
-    module = importlib.import_module(ARCHITECTURES["gpt2"])
-    if devices is None:
-        return module.load(folder, library, dtype)
-    tokenizer, model = module.load(folder, backends.get("numpy"), dtype)
-    return tokenizer, importlib.import_module("backends.sharding").spread(model, module.forward, devices)
+    tokenizer, hparams, params = utils.load_folder(folder)
+    params = lora.merge_folder(params, adapter) if adapter else params
+    ending = utils.read_ending(folder, tokenizer, hparams)
+    if devices is not None:
+        model = make_model(cast(params, dtype), hparams, backends.get("numpy"), *ending)
+        return tokenizer, importlib.import_module("backends.sharding").spread(
+            model, module_of(hparams).forward, devices
+        )
+    params = library.prepare(cast(params, dtype))  # the same name, so that no variable keeps the old arrays in memory
+    return tokenizer, make_model(params, hparams, library, *ending)
 
 
 def make_mesh(mesh, backend):
-    """The mesh that a text describes. Raises ValueError unless JAX computes and has such devices."""
-    if backend != "jax":
+    """The mesh that a text describes; "" is none. Raises ValueError unless JAX computes and has such devices."""
+    if mesh and backend != "jax":
         raise ValueError(f"--mesh {mesh} needs --backend jax: NumPy computes on one device")
-    return importlib.import_module("backends.sharding").make_mesh(mesh)
+    return importlib.import_module("backends.sharding").make_mesh(mesh) if mesh else None
+
+
+def make_model(params, hparams, library, end_ids=(), stop_at_eos=False):
+    """The Model of params that are on the backend `library` already (library.prepare or library.asarray)."""
+    return module_of(hparams).make_model(params, hparams, library, end_ids, stop_at_eos)
+
+
+def module_of(hparams):
+    """The module that computes the architecture with these hyperparameters: the one place that chooses it."""
+    return importlib.import_module(ARCHITECTURES[architecture(hparams)])
 
 
 def init_cache(model, n_tokens):
@@ -77,7 +98,18 @@ def n_positions(cache):
 
 
 def step(model, tokens, cache, position):
-    """(logits [n_vocab] after the last of the list `tokens`, cache): one forward pass. tokens[0] stands at `position`.
+    """(logits [n_vocab] after the last of the list `tokens`, cache). tokens[0] stands at `position`.
+
+    A long prompt goes through the model in chunks of N_PREFILL tokens, so that its activations, which are much larger
+    than its part of the cache, are never in memory all at once.
+    """
+    for start in range(0, len(tokens), N_PREFILL):
+        logits, cache = forward(model, tokens[start : start + N_PREFILL], cache, position + start)
+    return logits, cache
+
+
+def forward(model, tokens, cache, position):
+    """The same in one forward pass.
 
     A prompt is padded to one of few lengths, each of which JAX compiles once. The padding fills later slots of the
     cache, which the mask hides and later tokens overwrite.

@@ -7,7 +7,7 @@ Eight of them change the logits. Each changes nothing at its neutral value. They
 
 A banned token gets the logit -inf, so its probability is 0. Then `sample` draws a token with a coin: a number, uniform
 in [0, 1), that the caller draws. So these functions are not random themselves, and both backends choose the same token
-for the same coin.
+for the same coin. In this file `params` are SamplingParams; elsewhere the word means the weights of a model.
 
 The behaviour is that of the logits processors of Hugging Face's transformers, which users know. Where it differs from
 the papers, the function says so (Keskar et al. 2019, "CTRL", section 4.1; Fan et al. 2018, "Hierarchical Neural Story
@@ -94,7 +94,7 @@ def bad_words(logits, ids, sequences):
 
 
 def process(logits, ids, n_new, params):
-    """The processors above, in order. ids: all so far, of which the last n_new are new.
+    """The processors above, in order. ids: all so far, of which the last n_new are new; params: SamplingParams.
 
     Raises ValueError if no token is left, and FloatingPointError if the logits are not finite numbers, which only
     broken weights cause.
@@ -169,13 +169,18 @@ def among(ids, logits):
 
 
 def sample(logits, coin):
+    """Draws a token from the softmax of the logits: inverse-CDF sampling, as in `draw`."""
+    return draw(softmax(logits), coin)
+
+
+def draw(probabilities, coin):
     """Inverse-CDF sampling: the first token at which the cumulative sum of the probabilities exceeds the coin.
 
-    The coin is scaled by the last sum, which rounding may leave just below or above 1, and the result is limited to the
-    last token that is not banned: so no coin below 1 leads to a banned token.
+    The coin is scaled by the last sum, so the probabilities need not sum to 1: rounding may leave the sum just below or
+    above it. The result is limited to the last token that is not banned: so no coin below 1 leads to a banned token.
     """
-    sums = np.cumsum(softmax(logits))
-    last = len(logits) - 1 - np.argmax(np.flip(logits) > -math.inf)
+    sums = np.cumsum(probabilities)
+    last = len(probabilities) - 1 - np.argmax(np.flip(probabilities) > 0)
     return np.minimum(np.searchsorted(sums, coin * sums[-1], side="right"), last)
 
 

@@ -27,6 +27,7 @@ from backends import sharding  # noqa: E402
 from inference import batching, model  # noqa: E402
 from inference.generate import Sequence  # noqa: E402
 from training import data, optimizer, step  # noqa: E402
+from training.model import forward_of  # noqa: E402
 from weights.params import cast, flatten, tree_map  # noqa: E402
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -42,11 +43,11 @@ def collectives(compiled):
     return {name: n for name, n in counts.items() if n}
 
 
-def train(mesh, params, ids, n_head, n_steps, batch_size, n_ctx, dtype):
+def train(mesh, params, ids, hparams, n_steps, batch_size, n_ctx, dtype):
     """What a mesh computes, "" for one device without one."""
-    library = sharding.Backend(sharding.make_mesh(mesh), params, n_head) if mesh else backends.get("jax")
+    library = sharding.Backend(sharding.make_mesh(mesh), params, hparams) if mesh else backends.get("jax")
     state = optimizer.init_state(tree_map(backends.np.array, library.asarray(params)))
-    loss_of = step.make_loss(library, n_head // library.N_MODEL, 0.1, dtype)
+    loss_of = step.make_loss(library, forward_of(library.own(hparams)), 0.1, dtype)
     micro_batch_size = max(1, batch_size // library.N_DATA // 2)
     train_step = step.make_step(library, loss_of, micro_batch_size, seed=0, clip=0.5)
     losses, program = [], None
@@ -56,7 +57,7 @@ def train(mesh, params, ids, n_head, n_steps, batch_size, n_ctx, dtype):
         program = program or train_step.lower(*arguments).compile()
         state, loss = program(*arguments)
         losses.append(float(loss))
-    mean_loss = step.make_mean_loss(library, n_head // library.N_MODEL, micro_batch_size)
+    mean_loss = step.make_mean_loss(library, forward_of(library.own(hparams)), micro_batch_size)
     losses.append(mean_loss(state["params"], data.consecutive(ids, n_ctx, 13)))
     cut = [leaf for leaf in jax.tree.leaves(state) if not leaf.is_fully_replicated]
     whole, part = sum(leaf.nbytes for leaf in cut), sum(leaf.addressable_shards[0].data.nbytes for leaf in cut)
@@ -76,7 +77,7 @@ def compare_training(task):
         hparams, ids = task["hparams"], rng.integers(0, task["hparams"]["n_vocab"], 500).astype(np.uint16)
         params = step.init_params(hparams, seed=0)
     params, results = cast(params, dtype), {}
-    sizes = (hparams["n_head"], task["n_steps"], task["batch_size"], task["n_ctx"], dtype)
+    sizes = (hparams, task["n_steps"], task["batch_size"], task["n_ctx"], dtype)
     expected, reference = train("", params, ids, *sizes)
     for mesh in task["meshes"]:
         found, trained = train(mesh, params, ids, *sizes)

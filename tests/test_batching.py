@@ -4,11 +4,10 @@ import random
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, model_of, oracle, random_params
+from conftest import GOLDEN, model_of, oracle, random_subject
 from test_jax import STORY_PROMPTS
 
 import backends
-import gpt2
 from encoder import get_encoder
 from inference import batching
 from inference.generate import Sequence, generate
@@ -83,10 +82,11 @@ def test_rows_that_want_nothing(storyteller):
 N_SLOTS, N_TOKENS = 3, 40
 
 
-@pytest.fixture(scope="module")
-def small():
-    """(encoder, params): one layer, but a vocabulary with text in it."""
-    return get_encoder(GOLDEN.name, GOLDEN.parent), random_params(n_vocab=512, n_ctx=N_TOKENS, n_layer=1)
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def small(request):
+    """(encoder, Subject): one layer, but a vocabulary with text in it."""
+    subject = random_subject(request.param, n_vocab=512, n_ctx=N_TOKENS, n_layer=1)
+    return get_encoder(GOLDEN.name, GOLDEN.parent), subject
 
 
 def random_sequence(words, seed):
@@ -100,8 +100,8 @@ def random_sequence(words, seed):
 @pytest.mark.parametrize(("backend", "seed", "n"), [*(("numpy", seed, 20) for seed in range(4)), ("jax", 9, 8)])
 def test_sequences_join_and_leave_at_any_time(small, backend, seed, n):
     """Each one gets what it gets alone, whoever comes and goes beside it and however full the slots are."""
-    words, params = small
-    model, rng = model_of(params, 2, backend), random.Random(seed)
+    words, subject = small
+    model, rng = subject.model(backend), random.Random(seed)
     batch, pieces, removed = batching.Batch(model, N_SLOTS, N_TOKENS), {}, set()
     waiting = [random_sequence(words, 100 * seed + i) for i in range(n)]
     sequences = waiting[:]
@@ -135,8 +135,8 @@ def test_sequences_join_and_leave_at_any_time(small, backend, seed, n):
 @pytest.mark.parametrize("backend", backends.NAMES)
 def test_a_prompt_longer_than_the_fullest_slot_leaves_room_for(small, backend):
     """All slots compute equally many tokens in a step, so the prompt goes through in parts, from 2 on: 40 - 38."""
-    words, params = small
-    model = model_of(params, 2, backend)
+    words, subject = small
+    model = subject.model(backend)
     batch = batching.Batch(model, 2, N_TOKENS)
     first, second = (Sequence(words, range(n), N_TOKENS - n) for n in (37, 30))
     batch.add(first)
@@ -150,13 +150,13 @@ def test_a_prompt_longer_than_the_fullest_slot_leaves_room_for(small, backend):
     while batch.sequences():
         batch.step()
     for sequence, n in ((first, 37), (second, 30)):
-        assert sequence.new_ids == gpt2.generate([*range(n)], params, 2, N_TOKENS - n)
+        assert sequence.new_ids == subject.greedy(range(n), N_TOKENS - n)
 
 
 @pytest.mark.parametrize("backend", backends.NAMES)
 def test_a_sequence_that_no_slot_could_hold_is_refused(small, backend):
-    words, params = small
-    batch = batching.Batch(model_of(params, 2, backend), 1, n_tokens=10)
+    words, subject = small
+    batch = batching.Batch(subject.model(backend), 1, n_tokens=10)
     with pytest.raises(ValueError, match="1 slots of 10 tokens: no room for one more of 11"):
         batch.add(Sequence(words, range(5), 6))
     batch.add(Sequence(words, range(5), 5))
@@ -165,10 +165,10 @@ def test_a_sequence_that_no_slot_could_hold_is_refused(small, backend):
 
 def test_float32_is_float32_where_jax_has_64_bits_switched_on(small):
     """Positions come as integers of several widths then, which JAX does not mix where it writes into the cache."""
-    words, params = small
-    expected = gpt2.generate([1, 2, 3], params, 2, 5)
+    words, subject = small
+    expected = subject.greedy([1, 2, 3], 5)
     with jax.enable_x64(True):
-        model, rows = model_of(params, 2, "jax"), [Sequence(words, [1, 2, 3], 5) for _ in range(2)]
+        model, rows = subject.model("jax"), [Sequence(words, [1, 2, 3], 5) for _ in range(2)]
         batching.generate_batch(model, rows)
         one = Sequence(words, [1, 2, 3], 5)
         list(generate(model, one))

@@ -55,18 +55,21 @@ def test_the_numbers_of_a_line():
 def test_both_are_asked_in_turn_and_the_first_rounds_do_not_count(monkeypatch):
     asked = []
 
-    class Side:
-        def __init__(self, root, backend, folder):
-            self.name, self.worker = root, self
+    class Worker:
+        def __init__(self, backend, folder, root):
+            self.name = root
 
         def ask(self, task, argument):
             asked.append((self.name, task, argument))
             return len(asked)
 
-        def close(self):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
             asked.append(self.name)
 
-    monkeypatch.setattr(compare, "Side", Side)
+    monkeypatch.setattr(bench, "Worker", Worker)
     roots = {"this": "a", "other": "b"}
     found = compare.measure(roots, "numpy", "", ["decode", "prefill"], 2, "3M")
     pairs = [asked[i : i + 2] for i in range(0, 16, 2)]
@@ -140,9 +143,8 @@ def test_mistakes_are_one_line(arguments, words, command):
 def test_the_protocol_that_older_and_newer_checkouts_share(tmp_path):
     """What a worker is asked and answers: see tools/bench.py. It may grow, but must not change."""
     other = stand_in(tmp_path, "print(json.dumps([sys.argv[1:], task, arguments]), flush=True)")
-    side = compare.Side(other, "numpy", "folder")
     setup = {"name": "numpy", "dtype": "float32", "folder": "folder"}
-    asked = [compare.TASKS[task](side, 1024) for task in ("decode", "batch", "prefill")]
-    side.worker.close()
+    found = compare.measure({"other": other}, "numpy", "folder", ["decode", "batch", "prefill"], 1, "124M")
+    asked = [answers["other"][0] for answers in found.values()]
     assert [answer[1:] for answer in asked] == [["decode", [10]], ["batch", [16]], ["prefill", [512]]]
     assert [(argv[0], json.loads(argv[1])) for argv, *_ in asked] == [("--worker", setup)] * 3

@@ -45,7 +45,9 @@ def test_losses_equal_a_token_by_token_loop(golden, stride):
             logits = gpt2.gpt2(ids[start:i], **params, n_head=n_head)[-1]
             expected -= math.log(gpt2.softmax(logits)[ids[i]])
         first = max(first, start + n_ctx + 1)
-    assert evaluate.total_loss(params, ids, n_ctx, stride, n_head) == pytest.approx(expected, rel=1e-12)
+    assert evaluate.total_loss(params, ids, {"n_ctx": n_ctx, "n_head": n_head}, stride) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_both_backends_and_json(command, text, storyteller):

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from conftest import ROOT, model_of, openai_tokenizer
+from conftest import ROOT, openai_tokenizer
 
 import encoder as encoder_module
 import gpt2
@@ -146,14 +146,13 @@ def test_or_slides_over_the_last_half_of_it(words):
     assert model.asked[5] == ([ids[4]], 3)
 
 
-def test_sliding_equals_a_fresh_start_on_the_last_half(golden):
-    params, n_head = golden["params"], golden["hparams"]["n_head"]
-    row = Sequence(golden["encoder"], [5] * 90, 10)
-    list(generate(model_of(params, n_head), row, overflow=lambda: None))
-    assert row.new_ids[:6] == gpt2.generate([5] * 90, params, n_head, 6)
-    whole = gpt2.gpt2([5] * 90 + row.new_ids[:6], **params, n_head=n_head)  # n_ctx is 96: the 7th needs no room
-    assert row.new_ids[6] == np.argmax(whole[-1])
-    assert row.new_ids[7:] == gpt2.generate(([5] * 90 + row.new_ids[:7])[-48:], params, n_head, 3)
+def test_sliding_equals_a_fresh_start_on_the_last_half(golden, subject):
+    n_ctx = subject.hparams["n_ctx"]
+    ids = [5] * (n_ctx - 6)
+    row = Sequence(golden["encoder"], ids, 10)
+    list(generate(subject.model(), row, overflow=lambda: None))
+    assert row.new_ids[:7] == subject.greedy(ids, 7)  # the 7th needs no room
+    assert row.new_ids[7:] == subject.greedy((ids + row.new_ids[:7])[-n_ctx // 2 :], 3)
 
 
 def test_a_consumer_may_leave(words):
@@ -163,12 +162,11 @@ def test_a_consumer_may_leave(words):
     assert list(pieces) == []
 
 
-def test_log_probabilities_are_the_models(golden):
-    params, n_head = golden["params"], golden["hparams"]["n_head"]
-    inputs = golden["cases"][1]["ids"]
+def test_log_probabilities_are_the_models(golden, subject):
+    inputs = subject.cases[1]["ids"]
     row = Sequence(golden["encoder"], inputs, 8, SamplingParams(0.7, 20), seed=0, keep_log_probabilities=True)
-    list(generate(model_of(params, n_head), row))
-    logits = gpt2.gpt2(row.ids, **params, n_head=n_head).astype(float)
+    list(generate(subject.model(), row))
+    logits = subject.logits(row.ids).astype(float)
     expected = np.log(gpt2.softmax(logits))[len(inputs) - 1 : -1][range(8), row.new_ids]
     assert np.allclose(row.log_probabilities, expected, atol=1e-4)
 

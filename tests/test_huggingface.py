@@ -239,7 +239,7 @@ REFUSED = {
     "untied": (lambda f: make(f, tie_word_embeddings=False), "tie_word_embeddings is False"),
     "another head": (with_tensors(with_stranger), "lm_head.weight differs from wte.weight"),
     "a classifier": (lambda f: make(f, "GPT2ForSequenceClassification", pad_token_id=0), "score.weight has no place"),
-    "a pickle": (as_pickle, r"pytorch_model.bin cannot be read here.*GPT2LMHeadModel.from_pretrained\('"),
+    "a pickle": (as_pickle, r"pytorch_model.bin cannot be read here.*AutoModelForCausalLM.from_pretrained\('"),
     "git-lfs": (as_pointer, "a pointer of git-lfs, not the file itself: run `git lfs pull`"),
     "a shard less": (a_shard_less, "model-00002-of-.*No such file"),
     "no weights": (without("model.safetensors"), "model.safetensors: No such file"),
@@ -480,7 +480,7 @@ DAMAGES = {
     "gelu with erf": (with_config(activation_function="gelu"), "activation_function is 'gelu', GPT-2's is 'gelu_new'"),
     "a pickle": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        r"GPT2LMHeadModel.from_pretrained",
+        r"AutoModelForCausalLM.from_pretrained",
     ),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors"),
     "HDF5": (lambda f: (f / "model.safetensors").rename(f / "tf_model.h5"), "tf_model.h5 cannot be read here"),
@@ -555,7 +555,8 @@ def test_converting_a_folder_with_tokenizer_json_and_back(tmp_path, command):
     folder = newer(tmp_path / "hf", added_tokens=added)
     edit_json(folder / "config.json", lambda c: c.update(vocab_size=600))
     sizes = {"n_vocab": 600, "n_ctx": 96, "n_embd": 48, "n_head": 4, "n_layer": 3} | load_sizes(GOLDEN / "hf")
-    utils.save_gpt2_params_to_hf(folder / "model.safetensors", random_params(**sizes | {"n_vocab": 600}))
+    params = random_params(**sizes | {"n_vocab": 600})
+    huggingface.write_tensors(folder / "model.safetensors", huggingface.hf_tensors(sizes, params))
     expected = load(folder)
     for source, layout in (("hf", "tf"), ("tf", "hf2")):
         assert (

@@ -1,6 +1,7 @@
 """The same code on JAX: eager, jitted, batched, differentiated, and never by way of NumPy."""
 
 import functools
+import itertools
 import subprocess
 import sys
 
@@ -60,7 +61,8 @@ def test_logits_equal_numpys(golden, storyteller, library, dtype, tolerance):
         for params, n_head, ids in models(golden, storyteller):
             params = cast(params, dtype)
             expected = forward(params, ids, n_head)
-            for way, logits in all_ways(params, ids, n_head, library):
+            once = dtype == "float64" and params["wte"].shape[0] == 2048  # 3M, which takes long to compile
+            for way, logits in itertools.islice(all_ways(params, ids, n_head, library), 1 if once else None):
                 assert isinstance(logits, jax.Array)
                 assert logits.dtype == dtype
                 assert np.abs(np.asarray(logits) - expected).max() <= tolerance, way

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from conftest import model_of, oracle, random_params
+from conftest import Subject, oracle, random_params
 
 import backends
 import gpt2
 from inference import kv_cache
-from inference.model import init_cache, step
+from inference.model import greedy, init_cache, step
 from weights import params as params_module
 from weights.params import flatten
 
@@ -24,26 +24,23 @@ def splits(n):
         yield [n - size, size]
 
 
-@pytest.mark.parametrize("case", range(5))
-def test_every_split_gives_the_uncached_logits(golden, case):
-    ids, params, n_head = golden["cases"][case]["ids"], golden["params"], golden["hparams"]["n_head"]
-    expected = gpt2.gpt2(ids, **params, n_head=n_head)
-    for split in splits(len(ids)):
-        cache, position, rows = kv_cache.init_cache(params, len(ids) + 3, n_head=n_head), 0, []
-        for n in split:
-            tokens = ids[position : position + n]
-            logits, cache = kv_cache.forward(params, tokens, cache, position, n_head=n_head)
-            rows, position = [*rows, logits], position + n
-        assert np.abs(np.concatenate(rows) - expected).max() <= 2e-5, split
-        assert np.abs(expected - golden["arrays"][f"logits_{case}"]).max() <= 2e-5
+def test_every_split_gives_the_uncached_logits(subject):
+    for case, ids in enumerate(case["ids"] for case in subject.cases):
+        expected = subject.logits(ids)
+        assert np.abs(expected - subject.arrays[f"logits_{case}"]).max() <= 2e-5
+        for split in splits(len(ids)):
+            cache, position, rows = subject.init_cache(len(ids) + 3), 0, []
+            for n in split:
+                logits, cache = subject.forward(ids[position : position + n], cache, position)
+                rows, position = [*rows, logits], position + n
+            assert np.abs(np.concatenate(rows) - expected).max() <= 2e-5, split
 
 
 @pytest.mark.parametrize("backend", backends.NAMES)
 @pytest.mark.parametrize("case", [1, 2])
-def test_read_gives_the_last_row_however_the_prompt_is_split(golden, backend, case):
-    ids, params, n_head = golden["cases"][case]["ids"], golden["params"], golden["hparams"]["n_head"]
-    model = model_of(params, n_head, backend)
-    expected = gpt2.gpt2(ids, **params, n_head=n_head)
+def test_a_step_gives_the_last_row_however_the_prompt_is_split(subject, backend, case):
+    ids, model = subject.cases[case]["ids"], subject.model(backend)
+    expected = subject.logits(ids)
     for split in splits(len(ids)):
         cache, position = init_cache(model, len(ids)), 0
         for n in split:
@@ -53,23 +50,44 @@ def test_read_gives_the_last_row_however_the_prompt_is_split(golden, backend, ca
 
 
 @pytest.mark.parametrize("backend", backends.NAMES)
-def test_greedy_ids_are_those_of_the_plain_loop(golden, backend):
-    params, n_head = golden["params"], golden["hparams"]["n_head"]
-    for case in golden["cases"]:
-        ids = list(case["ids"])
+def test_greedy_ids_are_those_of_the_plain_loop(subject, backend):
+    model = subject.model(backend)
+    for case in subject.cases:
+        ids, n_new = list(case["ids"]), len(case["greedy"])
         for _ in range(2):  # the second call finds nothing of the first
-            assert kv_cache.generate(ids, params, n_head, 24, backend) == case["greedy_24"]
+            assert list(greedy(model, ids, n_new)) == case["greedy"]
         assert ids == case["ids"]
 
 
 @pytest.mark.parametrize("backend", backends.NAMES)
-def test_the_window_may_be_filled_and_no_more(golden, backend):
-    params, n_head, n_ctx = golden["params"], golden["hparams"]["n_head"], golden["hparams"]["n_ctx"]
-    ids = [i % 512 for i in range(7, 7 + n_ctx)]
+def test_generate_is_greedy_of_a_gpt2(golden, backend):
+    case, params = golden["cases"][1], golden["params"]
+    assert kv_cache.generate(case["ids"], params, golden["hparams"]["n_head"], 24, backend) == case["greedy_24"]
+
+
+@pytest.mark.parametrize("backend", backends.NAMES)
+def test_the_window_may_be_filled_and_no_more(subject, backend):
+    model, n_ctx = subject.model(backend), subject.hparams["n_ctx"]
+    ids = [i % subject.hparams["n_vocab"] for i in range(7, 7 + n_ctx)]
     for n_prompt in (n_ctx - 1, n_ctx - 10, 65):
-        expected = gpt2.generate(ids[:n_prompt], params, n_head, n_ctx - n_prompt)
-        assert kv_cache.generate(ids[:n_prompt], params, n_head, n_ctx - n_prompt, backend) == expected
-    assert kv_cache.generate(ids, params, n_head, 0, backend) == []
+        expected = subject.greedy(ids[:n_prompt], n_ctx - n_prompt)
+        assert list(greedy(model, ids[:n_prompt], n_ctx - n_prompt)) == expected
+    assert list(greedy(model, ids, 0)) == []
+
+
+@pytest.mark.parametrize("backend", backends.NAMES)
+def test_a_long_prompt_passes_in_chunks(subject, backend, monkeypatch):
+    ids, model = subject.cases[-1]["ids"], subject.model(backend)
+    monkeypatch.setattr("inference.model.N_PREFILL", 16)
+    lengths, forward = [], model.forward
+    model = model._replace(forward=lambda *args: lengths.append(len(args[1])) or forward(*args))
+    for n in (16, 17, len(ids)):
+        logits, cache = step(model, ids[:n], init_cache(model, len(ids) + 1), 0)
+        logits = model.backend.to_numpy(logits)
+        assert np.abs(logits - subject.logits(ids[:n])[-1]).max() <= 2e-5
+    assert max(lengths) == 16
+    logits, _ = step(model, [5], cache, len(ids))
+    assert np.abs(model.backend.to_numpy(logits) - subject.logits([*ids, 5])[-1]).max() <= 2e-5
 
 
 @pytest.mark.parametrize(("n_prompt", "n_new"), [(97, 0), (96, 1), (1, 96)])
@@ -79,35 +97,32 @@ def test_too_much_raises_before_any_compute(golden, n_prompt, n_new, monkeypatch
         kv_cache.generate([1] * n_prompt, golden["params"], golden["hparams"]["n_head"], n_new)
 
 
-def test_a_position_in_an_array_is_not_taken_for_a_known_one(golden):
+def test_a_position_in_an_array_is_not_taken_for_a_known_one(subject):
     """Neither a number nor traced: then the whole cache is looked at, and the mask hides what is not filled."""
-    params, n_head, ids = golden["params"], golden["hparams"]["n_head"], golden["cases"][0]["ids"][:9]
-    expected = gpt2.gpt2(ids, **params, n_head=n_head)[-1]
-    cache = kv_cache.init_cache(params, 12, n_head=n_head)
-    cache = kv_cache.forward(params, ids[:-1], cache, 0, n_head=n_head)[1]
+    ids = subject.cases[-1]["ids"][:9]
+    expected = subject.logits(ids)[-1]
+    cache = subject.forward(ids[:-1], subject.init_cache(12), 0)[1]
     for position in (len(ids) - 1, np.array(len(ids) - 1)):
-        logits = kv_cache.forward(params, ids[-1:], cache, position, 0, n_head=n_head)[0]
+        logits = subject.forward(ids[-1:], cache, position, 0)[0]
         assert np.abs(logits - expected).max() < 2e-5
 
 
-def test_a_chunk_at_the_end_of_the_cache_is_not_moved_back(golden):
+def test_a_chunk_at_the_end_of_the_cache_is_not_moved_back(subject):
     """JAX would shift a padded chunk that does not fit to the left, over what stands there."""
-    ids, params, n_head = golden["cases"][2]["ids"], golden["params"], golden["hparams"]["n_head"]
-    ids = (ids * 3)[:96]
-    model = model_of(params, n_head, "jax")
-    cache = init_cache(model, 96)
-    assert {keys.shape[-1] for keys, _ in cache} == {96}
-    _, cache = step(model, ids[:91], cache, 0)
-    logits, _ = step(model, ids[91:], cache, 91)
-    assert np.abs(np.asarray(logits) - gpt2.gpt2(ids, **params, n_head=n_head)[-1]).max() <= 2e-5
+    n_ctx = subject.hparams["n_ctx"]
+    ids, model = (subject.cases[2]["ids"] * 3)[:n_ctx], subject.model("jax")
+    cache = init_cache(model, n_ctx)
+    assert {keys.shape[-1] for keys, _ in cache} == {n_ctx}
+    _, cache = step(model, ids[:-5], cache, 0)
+    logits, _ = step(model, ids[-5:], cache, n_ctx - 5)
+    assert np.abs(np.asarray(logits) - subject.logits(ids)[-1]).max() <= 2e-5
 
 
 @pytest.mark.parametrize("backend", backends.NAMES)
-def test_a_model_leaves_params_as_they_are(backend):
-    params = random_params()
-    before = flatten(params)
-    model_of(params, 2, backend)
-    assert all(array is before[path] for path, array in flatten(params).items())
+def test_a_model_leaves_params_as_they_are(subject, backend):
+    before = flatten(subject.params)
+    subject.model(backend)
+    assert all(array is before[path] for path, array in flatten(subject.params).items())
 
 
 @pytest.mark.parametrize("backend", backends.NAMES)
@@ -122,12 +137,10 @@ def test_logits_and_cache_have_the_params_dtype(backend, n_seq, monkeypatch):
     assert {array.dtype.name for array in (logits, *between, *cache[0], *cache[1])} == {"bfloat16"}
 
 
-def test_a_position_that_is_traced_gives_what_a_known_one_gives(golden):
-    params = backends.get("jax").asarray(golden["params"])
-    ids, n_head = golden["cases"][1]["ids"], golden["hparams"]["n_head"]
-    traced = jax.jit(lambda tokens, cache, at: kv_cache.forward(params, tokens, cache, at, n_head=n_head))
-    tokens, cache = np.array(ids), kv_cache.init_cache(params, 32, n_head=n_head)
-    known, _ = kv_cache.forward(params, tokens, cache, 5, n_head=n_head)
+def test_a_position_that_is_traced_gives_what_a_known_one_gives(subject):
+    subject = Subject(subject.hparams, backends.get("jax").asarray(subject.params))
+    traced, tokens, cache = jax.jit(subject.forward), np.array([1, 2, 3, 4, 5]), subject.init_cache(32)
+    known, _ = subject.forward(tokens, cache, 5)
     assert np.abs(known - traced(tokens, cache, 5)[0]).max() <= 2e-5
 
 

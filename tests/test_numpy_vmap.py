@@ -135,7 +135,7 @@ class SeenMatrix:
     """Stands for a matrix in x @ w, and tells which x came."""
 
     def __init__(self, w):
-        self.w, self.seen = w, []
+        self.w, self.shape, self.ndim, self.seen = w, w.shape, w.ndim, []
 
     def __rmatmul__(self, x):
         self.seen.append(x.shape)

@@ -87,7 +87,7 @@ def test_tensorflow_reads_what_we_write_and_so_do_we(tmp_path):
     assert reader.get_variable_to_shape_map().keys() == flat(params).keys()
     loaded = checkpoint.load_gpt2_params_from_tf_ckpt(tmp_path / "model.ckpt", SMALL)
     assert all(np.array_equal(array, flat(loaded)[name]) for name, array in flat(params).items())
-    assert list(checkpoint.damages(tmp_path / "model.ckpt.index", tmp_path / utils.DATA)) == []
+    assert list(checkpoint.file_damages(tmp_path / "model.ckpt.index", tmp_path / utils.DATA)) == []
 
 
 def test_hugging_face_folders_load_the_same():
@@ -254,7 +254,7 @@ def test_the_optimizers_tensors_are_no_damage(tmp_path):
     params = random_params(**SMALL)
     extra = {"global_step": np.int64(7), "adam/m": np.ones(5, np.float32)}
     write_with_tensorflow(tmp_path / "model.ckpt", {**as_openai_stores_it(params), **extra})
-    assert list(checkpoint.damages(tmp_path / "model.ckpt.index", tmp_path / utils.DATA)) == []
+    assert list(checkpoint.file_damages(tmp_path / "model.ckpt.index", tmp_path / utils.DATA)) == []
 
 
 @pytest.mark.parametrize("is_large", [False, True])

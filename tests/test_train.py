@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import utils
 from training import data, optimizer, saves, train
 from training import step as library
 from training.loss import lm_loss
+from training.model import forward_of
 from weights.files import locked
 from weights.params import flatten, tree_map
 
@@ -64,9 +66,24 @@ def whole(runs):
     return runs("")
 
 
+MAKERS = {name: functools.cache(getattr(library, name)) for name in ("make_loss", "make_step", "make_mean_loss")}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_program_for_runs_that_are_alike():
+    """Runs with the same settings share what JAX has traced and compiled for the first of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, make in MAKERS.items():
+            patch.setattr(library, name, make)
+        cached = functools.cache(lambda text: forward_of(json.loads(text)))
+        patch.setattr(train, "forward_of", lambda hparams: cached(json.dumps(hparams, sort_keys=True)))
+        yield
+
+
 @pytest.fixture
-def start(command, ids, tmp_path):
-    """Starts a run in tmp_path/name: (exit status, stdout, stderr)."""
+def start(command, ids, tmp_path, monkeypatch):
+    """Starts a run in tmp_path/name: (exit status, stdout, stderr). It draws no loss.png; those of `runs` do."""
+    monkeypatch.setattr(train.Run, "draw_losses", lambda run: None)
 
     def run(*flags, name="run", folder=ids):
         return command(str(folder), "--out", str(tmp_path / name), *TINY, *flags, main=train.main)
@@ -111,7 +128,7 @@ def steps_by_hand(ids, *n_steps):
     """The losses of a run of TINY, taken step by step, each on the cosine of the number of steps given for it."""
     _, tokens = data.load(ids, 16)
     computing = backends.get("jax")
-    loss_of = library.make_loss(computing, 2, dropout_rate=0.2, dtype="float32")
+    loss_of = library.make_loss(computing, forward_of({"n_head": 2}), dropout_rate=0.2, dtype="float32")
     step = library.make_step(computing, loss_of, 4, seed=5, clip=0.3, weight_decay=0.3, beta2=0.95)
     hparams = {"n_vocab": 512, "n_ctx": 16, "n_embd": 16, "n_head": 2, "n_layer": 1}
     state, found = optimizer.init_state(tree_map(jax.numpy.array, library.init_params(hparams, seed=5))), []
@@ -203,31 +220,39 @@ def test_a_damaged_line_of_metrics_is_noticed(damage, whole, start, tmp_path):
 
 
 SAVING = """
-import sys, numpy as np
+import os, sys, numpy as np, safetensors.numpy
 from weights.params import param_shapes, unflatten
 from training import saves
 hparams = {"n_vocab": 512, "n_ctx": 64, "n_embd": 64, "n_head": 2, "n_layer": 2}
-for step in range(int(sys.argv[2]), 10**6):
-    params = unflatten({path: np.full(shape, step, np.float32) for path, shape in param_shapes(**hparams).items()})
-    saves.save_best(sys.argv[1], step, hparams, params)
-    saves.save_run(sys.argv[1], step, {"mean": params}, {"step": step})
-    print(step, flush=True)
+for line in sys.stdin:  # the first step of a process that is to be killed
+    if pid := os.fork():
+        os.waitpid(pid, 0)
+        print("dead", flush=True)
+        continue
+    print(os.getpid(), flush=True)
+    for step in range(int(line), 10**6):
+        params = unflatten({path: np.full(shape, step, np.float32) for path, shape in param_shapes(**hparams).items()})
+        saves.save_best(sys.argv[1], step, hparams, params)
+        saves.save_run(sys.argv[1], step, {"mean": params}, {"step": step})
+        print(step, flush=True)
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kill_9_at_twenty_moments(tmp_path):
-    """The folder loads each time, and the last step that was reported as saved is there, or the one after."""
+    """The folder loads each time, and the last step that was reported as saved is there, or the one after. The
+    processes are forked from one that has everything imported."""
     for name in ("encoder.json", "vocab.bpe"):
         (tmp_path / name).write_bytes((GOLDEN / name).read_bytes())
-    waits, step = random.Random(0), 0
+    waits, step, pipes = random.Random(0), 0, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    parent = subprocess.Popen([sys.executable, "-c", SAVING, str(tmp_path)], cwd=ROOT, **pipes)
     for _ in range(20):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVING, str(tmp_path), str(step)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        process.stdout.readline()
+        print(step, file=parent.stdin, flush=True)
+        pid, first = int(parent.stdout.readline()), int(parent.stdout.readline())
         time.sleep(waits.uniform(0, 0.1))
-        process.kill()
-        reported = [step, *map(int, process.communicate()[0].split())][-1]
+        os.kill(pid, signal.SIGKILL)
+        reported = [first, *map(int, iter(lambda: parent.stdout.readline().strip(), "dead"))][-1]
+        assert reported >= first == step
         arrays, counters = saves.load_run(tmp_path)
         assert counters["step"] in (reported, reported + 1)
         assert len(arrays) == 28
@@ -236,6 +261,7 @@ def test_kill_9_at_twenty_moments(tmp_path):
         assert len(numbers) == 1, "of one step, all of them"
         assert numbers <= {reported, reported + 1}
         step = counters["step"] + 1
+    parent.communicate()
 
 
 def test_a_full_disk_is_one_line_and_the_last_save_stays(whole, tmp_path, ids):

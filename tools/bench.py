@@ -80,11 +80,12 @@ def weight_bytes(hparams, dtype):
 
 
 class Worker:
-    """An engine in a process of its own, which runs the checkout in the folder `root`. Questions and answers are lines
-    of JSON: [task, argument] and a number. The task "memory" asks for peak_memory."""
+    """An engine in a process of its own, which runs the checkout in the folder `root` and ends with a `with` block.
+    Questions and answers are lines of JSON: [task, argument] and a number. The task "memory" asks for peak_memory."""
 
-    def __init__(self, name, setup, root=ROOT):
-        command = [sys.executable, "-m", "tools.bench", "--worker", dumps({"name": name, **setup})]
+    def __init__(self, name, folder, dtype="float32", root=ROOT):
+        setup = {"name": name, "dtype": dtype, "folder": folder}
+        command = [sys.executable, "-m", "tools.bench", "--worker", dumps(setup)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
         self.name, self.process = name, subprocess.Popen(command, cwd=root, **pipes)
         try:
@@ -103,7 +104,10 @@ class Worker:
             raise OSError(f"{self.name} ended without an answer: see above")
         return loads(line)
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         self.process.communicate()  # closes its stdin, which ends it, and waits
 
 
@@ -111,17 +115,10 @@ class Worker:
 def start(names, hparams, folder="", dtype="float32"):
     """Yields (a model folder, {name: its Worker}). The model is that of `folder`, or one with random weights."""
     cli.unwind_on_ctrl_c()  # then the temporary folder is removed
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         if not folder:
             save_random_model(folder := scratch, hparams)
-        workers = {}
-        try:
-            for name in names:
-                workers[name] = Worker(name, {"dtype": dtype, "folder": folder})
-            yield folder, workers
-        finally:
-            for worker in workers.values():
-                worker.close()
+        yield folder, {name: stack.enter_context(Worker(name, folder, dtype)) for name in names}
 
 
 def serve(name, dtype, folder):

@@ -32,20 +32,7 @@ from tools import bench
 
 SLOWER = 0.97  # a checkout is slower at a task if the whole interval of the ratio is below this
 N_SETTLING = 2  # rounds that do not count: JAX compiles in them, and NumPy lays out its matrices
-TASKS = {  # name: (the side, n_ctx of the model) -> seconds
-    "decode": lambda side, n_ctx: side.worker.ask("decode", 10),
-    "batch": lambda side, n_ctx: side.worker.ask("batch", 16),
-    "prefill": lambda side, n_ctx: side.worker.ask("prefill", n_ctx // 2),
-    "cold": lambda side, n_ctx: bench.cold_start(side.folder, side.backend, side.root),
-}
-
-
-class Side:
-    """One checkout on one backend: a process that holds the model of `folder`, started in the folder `root`."""
-
-    def __init__(self, root, backend, folder):
-        self.root, self.backend, self.folder = root, backend, folder
-        self.worker = bench.Worker(backend, {"dtype": "float32", "folder": folder}, root)
+TASKS = ("decode", "batch", "prefill", "cold")
 
 
 # fmt: off
@@ -91,15 +78,16 @@ def check(other, rounds, tasks, backends, size):
 
 def measure(roots, backend, folder, tasks, rounds, size):
     """{task: {"this": [seconds of each round], "other": [the same]}}; the order changes from round to round."""
-    times, n_ctx = {task: {name: [] for name in roots} for task in tasks}, bench.HPARAMS[size]["n_ctx"]
+    times = {task: {name: [] for name in roots} for task in tasks}
+    arguments = {"decode": 10, "batch": 16, "prefill": bench.HPARAMS[size]["n_ctx"] // 2}
     with contextlib.ExitStack() as stack:
-        sides = {}
-        for name, root in roots.items():
-            sides[name] = Side(root, backend, folder)
-            stack.callback(sides[name].worker.close)
+        workers = {name: stack.enter_context(bench.Worker(backend, folder, root=root)) for name, root in roots.items()}
         for i, task in itertools.product(range(N_SETTLING + rounds), tasks):
-            for name in sorted(sides, reverse=i % 2):
-                times[task][name].append(TASKS[task](sides[name], n_ctx))
+            for name in sorted(workers, reverse=i % 2):
+                if task == "cold":
+                    times[task][name].append(bench.cold_start(folder, backend, roots[name]))
+                else:
+                    times[task][name].append(workers[name].ask(task, arguments[task]))
     return {task: {name: seconds[N_SETTLING:] for name, seconds in sides.items()} for task, sides in times.items()}
 
 

@@ -9,7 +9,7 @@ begins.
 
 To see what a change in the code does: run with `--save before.npz` first, change it, run with `--against before.npz`.
 
-gpt2.py has no code for this: its functions are replaced by recording ones for the time of a run.
+The models have no code for this: their functions are replaced by recording ones for the time of a run.
 """
 
 if __name__ == "__main__":  # before the slow imports
@@ -35,15 +35,22 @@ import backends
 import cli
 import gpt2
 import utils
-from weights.params import cast, find_dtype, flatten
+from inference import kv_cache
+from variants import llama
+from weights.params import architecture, cast, find_dtype, flatten
 
-NO_LAYERS = ("gpt2", "generate", "check_inputs", "main")
+MODULES = {"gpt2": [gpt2], "llama": [llama, gpt2, kv_cache]}  # where the layer functions of an architecture are
+# The other functions in there.
+NO_LAYERS = {  # the other functions in there
+    *("gpt2", "generate", "check_inputs", "main", "llama", "frequencies", "rotations", "whole", "queries_keys_values"),
+    *("init_cache", "cached_gqa", "cached_block", "forward", "make_model", "load", "causal_mask", "extend"),
+}
 TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 0.1}  # of the largest number at a place, or of 1 if larger
 
 # ---- Recording a run ----
 
 
-def places_and_logits(params, ids, n_head, module=gpt2):
+def places_and_logits(params, ids, hparams):
     """({place: what the layer function returned}, logits). Pure, so jit can compile it like the model itself."""
     places, stack, calls, n_block = {}, [], Counter(), itertools.count()
     # {id of a weight or bias: the name of its layer}. A call of linear with the weights of c_fc is linear(c_fc).
@@ -63,8 +70,15 @@ def places_and_logits(params, ids, n_head, module=gpt2):
 
         return call
 
-    with mock.patch.multiple(module, **{name: recorded(layer) for name, layer in layers_of(module).items()}):
-        return places, module.gpt2(ids, **params, n_head=n_head)
+    name = architecture(hparams)
+    layers = {layer: recorded(layer) for module in MODULES[name] for layer in layers_of(module).values()}
+    with contextlib.ExitStack() as stacked:
+        for module in MODULES[name]:  # a function that was imported from another module has a name in both
+            found = {key: layers[f] for key, f in vars(module).items() if inspect.isfunction(f) and f in layers}
+            stacked.enter_context(mock.patch.multiple(module, **found))
+        if name == "llama":
+            return places, llama.llama(ids, **params, config=hparams)
+        return places, gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
 
 
 def layers_of(module):
@@ -73,12 +87,12 @@ def layers_of(module):
     return {name: f for name, f in own if name not in NO_LAYERS}
 
 
-def record(params, ids, n_head, backend="numpy", dtype="float32", jit=False):
+def record(params, ids, hparams, backend="numpy", dtype="float32", jit=False):
     """{place: NumPy array} of a run on a backend, in a dtype; the logits are the last place."""
     library = backends.get(backend)
     library.setup(dtype)
     params, ids = library.asarray((cast(params, dtype), np.asarray(ids, np.int32)))
-    run = functools.partial(places_and_logits, n_head=n_head)
+    run = functools.partial(places_and_logits, hparams=hparams)
     with exact_products(backend):
         places, logits = library.to_numpy((library.jit(run) if jit else run)(params, ids))
     return places | {"logits": logits}
@@ -226,11 +240,11 @@ def main(prompt: str = "Once upon a time", *, model_size: str = "3M", models_dir
     ids = utils.first_ids(encoder, prompt)
     gpt2.check_inputs(ids, 0, hparams["n_vocab"], hparams["n_ctx"])
     other = {"recording": load_recording(against, ids, params)} if against else {}
-    runs = {name: record(params, ids, hparams["n_head"], *setting) for name, setting in settings.items()} | other
+    runs = {name: record(params, ids, hparams, *setting) for name, setting in settings.items()} | other
     if save:
         save_recording(save, next(iter(runs.values())), ids, params)
     tolerances = {name: TOLERANCE[settings.get(name, (None, dtype_a))[1]] for name in runs}
-    rows = compare(record(params, ids, hparams["n_head"], "numpy", "float64"), runs, tolerances)
+    rows = compare(record(params, ids, hparams, "numpy", "float64"), runs, tolerances)
     first_beyond = next((row["place"] for row in rows if not row["within"]), None)
     tokens = {name: next_token(run["logits"]) for name, run in runs.items()}
     found = {"places": rows, "first_beyond": first_beyond, "next_token": tokens}

@@ -20,8 +20,8 @@ import numpy as np
 
 import backends
 import gpt2
-from inference import batching, kv_cache
-from inference.model import greedy, init_cache
+from inference import batching
+from inference.model import greedy, init_cache, make_model
 from weights.huggingface import hf_config, hf_name
 from weights.params import flatten
 
@@ -47,7 +47,7 @@ class Ours:
     def __init__(self, name, hparams, params):
         self.backend, self.hparams = backends.get(name), hparams
         self.device = self.backend.setup(str(params["wte"].dtype))
-        self.model = kv_cache.make_model(self.backend.prepare(params), hparams["n_head"], self.backend)
+        self.model = make_model(self.backend.prepare(params), hparams, self.backend)
 
     def decode(self, n_prompt):
         ids = greedy(self.model, prompt(self.hparams, n_prompt), N_DECODE + 1)

@@ -14,7 +14,8 @@ import cli
 import utils
 from weights.params import flatten
 
-KINDS = {"embeddings": ("wte", "wpe"), "attention": ("attn",), "mlp": ("mlp",), "layer norms": ("ln_1", "ln_2", "ln_f")}
+KINDS = {"embeddings": ("wte", "wpe", "lm_head"), "attention": ("attn",), "mlp": ("mlp",)}
+KINDS["layer norms"] = ("ln_1", "ln_2", "ln_f")
 
 
 def table(params):

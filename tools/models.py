@@ -12,8 +12,8 @@ import cli
 import utils
 from weights.download import SHA256, digest
 from weights.files import locked, new_folder
-from weights.params import not_finite
-from weights.tensorflow import damages, latest_checkpoint
+from weights.params import architecture, not_finite
+from weights.tensorflow import file_damages, latest_checkpoint
 
 
 def verify(model_size: str = utils.SIZES[0], models_dir: str = ""):
@@ -38,7 +38,7 @@ def problems(folder, sha256):
                 yield f"{folder / name}: not OpenAI's file, its SHA-256 should be {expected}"
         if not utils.is_hf_folder(folder):
             prefix = latest_checkpoint(folder / "checkpoint")
-            lines = list(damages(f"{prefix}.index", f"{prefix}.data-00000-of-00001"))
+            lines = list(file_damages(f"{prefix}.index", f"{prefix}.data-00000-of-00001"))
             yield from lines
             if lines:
                 return
@@ -65,6 +65,8 @@ def convert(model: str = "", out: str = "", *, layout: str = "", models_dir: str
         raise ValueError(f"{out} is there already: name a folder to make" if out else "name a folder to make")
     source = utils.find_model(model, models_dir)
     encoder, hparams, params = utils.load_folder(source)
+    if layout not in utils.layouts_of(hparams):
+        raise ValueError(f"{source} is a {architecture(hparams)}: OpenAI's layout holds a gpt2 alone")
     if layout == "tf" and params["wte"].dtype.itemsize > 4:
         raise ValueError(f"{source} has numbers of {params['wte'].dtype}: OpenAI's layout holds float32 alone")
     with locked(out), new_folder(Path(out)) as part:

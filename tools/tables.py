@@ -13,14 +13,11 @@ def markdown(head, rows):
 def draw(path, tables, style="o-"):
     """Writes a .png with a panel for each of `tables`, {title: table of tokens per second}: the rows from left to
     right, a curve for each column. What is not measured but a limit or a prediction is dashed."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (max(10, 4.5 * len(tables)), 4.5)
-    figure, axes = plt.subplots(1, len(tables), figsize=size, layout="constrained", squeeze=False)
-    for axis, (title, rows) in zip(axes[0], tables.items(), strict=True):
+    figure = Figure(figsize=(max(10, 4.5 * len(tables)), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(tables), squeeze=False)[0]
+    for axis, (title, rows) in zip(axes, tables.items(), strict=True):
         for column in next(iter(rows.values())):
             points = {str(name): row[column] for name, row in rows.items() if column in row}
             dashed = column == "limits" or "predicted" in column

@@ -28,6 +28,7 @@ import utils
 from encoder import END_OF_TEXT, SPELL, get_encoder
 from utils import save_tokenizer
 from weights.files import check_regular, locked, new_folder, read_text, replacing, write_text
+from weights.tokenizer import tokenizer_texts
 
 PARTS = ("train", "validation")
 
@@ -76,8 +77,9 @@ def read_documents(path):
 
 
 def split(documents, share, seed):
-    """(training, validation), two lists of whole documents, chosen at random by the seed. If there is only one
-    document, it is cut in two, at the end of a line if one is near. Raises ValueError if either would be empty."""
+    """(training, validation), two lists of whole documents, drawn at random, the same ones for the same seed. If there
+    is only one document, it is cut in two, at the end of a line if one is near. Raises ValueError if either part would
+    be empty."""
     if len(documents) == 1:
         text, cut = documents[0], round(len(documents[0]) * (1 - share))
         cut = text.find("\n", cut, (cut + len(text)) // 2) + 1 or cut
@@ -85,8 +87,7 @@ def split(documents, share, seed):
     else:
         n_held_out = max(1, round(len(documents) * share))
         order = np.random.default_rng(seed).permutation(len(documents))
-        held_out = {int(i) for i in order[:n_held_out]}
-        parts = [[d for i, d in enumerate(documents) if (i in held_out) is wanted] for wanted in (False, True)]
+        parts = [[documents[i] for i in sorted(part)] for part in (order[n_held_out:], order[:n_held_out])]
     if not all("".join(part).strip() for part in parts):
         raise ValueError(f"too little text to hold out {share} of it: {sum(map(len, documents))} characters")
     return parts
@@ -105,9 +106,7 @@ def learn(documents, n_vocab):
     spellings = list(dict.fromkeys([*SPELL.values(), *("".join(merge) for merge in merges), END_OF_TEXT]))
     if len(spellings) < n_vocab:
         raise ValueError(f"--n_vocab {n_vocab} is more than this text can give: {len(spellings)} at most")
-    ids = {spelling: i for i, spelling in enumerate(spellings)}
-    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
-    return json.dumps(ids, ensure_ascii=False), "\n".join(lines) + "\n"
+    return tokenizer_texts({spelling: i for i, spelling in enumerate(spellings)}, merges)
 
 
 def learn_merges(documents, n_tokens):

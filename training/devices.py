@@ -1,7 +1,7 @@
 """The devices and processes of a training run: one device, or those of --mesh; one process, or those of --coordinator.
 
 with joined(settings) as is_first:                       # process 0 is the first: it alone prints and writes files
-    library = make_library(settings, params, n_head)     # the backend, or a sharding.Backend over a mesh
+    library = make_library(settings, params, hparams)     # the backend, or a sharding.Backend over a mesh
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def joined(s):
         yield is_first
 
 
-def make_library(s, params, n_head):
+def make_library(s, params, hparams):
     """The backend of settings s: over the devices of --mesh, or, if that is left out, over all that JAX has, which then
     divide the batch. One device needs no mesh. Raises ValueError for a mesh that does not fit the devices, the heads or
     the batch."""
@@ -52,7 +52,7 @@ def make_library(s, params, n_head):
     if s.backend == "jax" and (s.mesh or jax_devices()[1] > 1):
         from backends import sharding
 
-        library = sharding.Backend(sharding.make_mesh(s.mesh), params, n_head)
+        library = sharding.Backend(sharding.make_mesh(s.mesh), params, hparams)
     n_rows, remainder = divmod(s.batch_size, library.N_DATA)
     if remainder:
         raise ValueError(

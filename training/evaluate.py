@@ -27,9 +27,9 @@ import numpy as np
 import backends
 import cli
 import utils
-from gpt2 import gpt2
 from training import data
 from training.loss import perplexity, token_losses
+from training.model import forward_of
 from weights.params import cast, find_dtype, why_not_finite
 
 
@@ -61,7 +61,7 @@ def main(model: str = "", text: str = "", *, stride: int | None = None, backend:
     if backend != "numpy":
         print(device, file=sys.stderr)
     with np.errstate(all="ignore"):  # infinite weights are reported below, in one line
-        nats = total_loss(cast(params, dtype), ids, hparams["n_ctx"], stride, hparams["n_head"], backend)
+        nats = total_loss(cast(params, dtype), ids, hparams, stride, backend)
     if not math.isfinite(nats):
         raise OSError(f"the loss of {model} on {text} is {nats}: {why_not_finite(params, dtype)}")
     found = report(nats, ids, encoder, stride)
@@ -80,13 +80,13 @@ def windows(n_ids, n_ctx, stride):
         first = end
 
 
-def total_loss(params, ids, n_ctx, stride, n_head, backend="numpy"):
+def total_loss(params, ids, hparams, stride, backend="numpy"):
     """The sum of the losses, in nats, of all ids but the first."""
     from tqdm import tqdm
 
-    library, total = backends.get(backend), 0.0
+    library, n_ctx, total = backends.get(backend), min(hparams["n_ctx"], len(ids) - 1), 0.0
     params = library.asarray(params)
-    losses_of = library.jit(functools.partial(window_losses, n_head=n_head))
+    losses_of = library.jit(functools.partial(window_losses, forward_of(hparams)))
     for start, first, end in tqdm([*windows(len(ids), n_ctx, stride)], unit="window", disable=None):
         # Padded to one length, as JAX compiles a program for each. No earlier token attends to the padding.
         window = np.zeros(n_ctx + 1, np.int32)
@@ -96,9 +96,9 @@ def total_loss(params, ids, n_ctx, stride, n_head, backend="numpy"):
     return float(total)
 
 
-def window_losses(params, window, n_head):
+def window_losses(forward, params, window):
     """The loss of each id of a window but the first."""
-    return token_losses(gpt2(window[:-1], **params, n_head=n_head), window[1:])  # [n_ctx + 1] -> [n_ctx]
+    return token_losses(forward(params, window[:-1]), window[1:])  # [n_ctx + 1] -> [n_ctx]
 
 
 def report(nats, ids, encoder, stride):

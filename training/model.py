@@ -1,17 +1,31 @@
-"""The forward pass of training: the layers of gpt2.py, in the same order, with dropout between them.
+"""The forward pass of training: the layers of gpt2.py, or of variants/llama.py, in the same order, with dropout between
+them.
 
-It differs from gpt2.gpt2 in two places. Dropout sets some activations to 0, so that the model does not learn its texts
-by heart. And attention skips most of the scores that the causal mask hides: the backward pass keeps and goes through
-everything that the forward pass computed, so leaving something out saves time and memory twice.
+It differs from gpt2.gpt2 in two places. Dropout sets some activations (the numbers that pass from layer to layer) to 0,
+so that the model does not learn its texts by heart. And attention skips most of the scores that the causal mask hides:
+the backward pass needs all results of the forward pass, and computes a gradient for each, so a result that is left out
+saves time and memory in both.
+
+    forward = forward_of(hparams)                    the one place in training/ that knows architectures
+    logits = forward(params, inputs)                 [n_seq] -> [n_seq, n_vocab], without dropout
+    logits = forward(params, inputs, drop=dropout(rate, key))
 """
 
+import functools
 import itertools
+import math
 
-import numpy
+import numpy  # NumPy itself; np, below, follows its arguments
 
 import gpt2
 from backends import np
 from inference.kv_cache import causal_attention
+from variants import llama
+from weights.params import architecture, shapes_of
+
+
+def no_dropout(x):
+    return x
 
 
 def mha(x, c_attn, c_proj, n_head):
@@ -22,14 +36,93 @@ def mha(x, c_attn, c_proj, n_head):
     return gpt2.linear(gpt2.merge_heads(x), **c_proj)  # [n_head, n_seq, d_head] -> [n_seq, n_embd]
 
 
-def forward(params, inputs, n_head, drop):
-    """gpt2.gpt2 with the function `drop` applied to the embeddings and to what attention and mlp add in each block:
-    [n_seq] ids -> [n_seq, n_vocab] logits."""
+def hidden(params, inputs, n_head, drop=no_dropout):
+    """All of gpt2.gpt2 but the logits, with the function `drop` applied to the embeddings and to what attention and mlp
+    add in each block: [n_seq] ids -> [n_seq, n_embd]."""
     x = drop(gpt2.embed(inputs, params["wte"], params["wpe"]))  # [n_seq] -> [n_seq, n_embd]
     for block in params["blocks"]:
         x = x + drop(mha(gpt2.layer_norm(x, **block["ln_1"]), **block["attn"], n_head=n_head))
         x = x + drop(gpt2.ffn(gpt2.layer_norm(x, **block["ln_2"]), **block["mlp"]))
-    return gpt2.unembed(gpt2.layer_norm(x, **params["ln_f"]), params["wte"])  # [n_seq, n_embd] -> [n_seq, n_vocab]
+    return gpt2.layer_norm(x, **params["ln_f"])
+
+
+def llama_hidden(params, inputs, config, drop=no_dropout):
+    """The same for variants.llama.llama."""
+    x, eps = drop(llama.embed(inputs, params["wte"])), config["eps"]
+    where = llama.whole(len(inputs), config, x.dtype)
+    for block in params["blocks"]:
+        x = x + drop(llama.gqa(llama.rms_norm(x, **block["ln_1"], eps=eps), **block["attn"], config=config, **where))
+        x = x + drop(llama.swiglu(llama.rms_norm(x, **block["ln_2"], eps=eps), **block["mlp"]))
+    return llama.rms_norm(x, **params["ln_f"], eps=eps)
+
+
+def forward(params, inputs, n_head, drop=no_dropout):
+    """gpt2.gpt2 with dropout: [n_seq] ids -> [n_seq, n_vocab] logits."""
+    return gpt2.unembed(hidden(params, inputs, n_head, drop), params["wte"])  # [n_seq, n_embd] -> [n_seq, n_vocab]
+
+
+def llama_forward(params, inputs, config, drop=no_dropout):
+    """The same for variants.llama.llama."""
+    return gpt2.unembed(llama_hidden(params, inputs, config, drop), params.get("lm_head", params["wte"]))
+
+
+# ---- The architectures ----
+
+
+def gpt2_hparams(n_head_kv=None, **sizes):
+    return sizes
+
+
+def llama_hparams(n_head_kv=None, **sizes):
+    """The config (variants/llama.py) of a LLaMA with as many parameters as a GPT-2 of these sizes, so that the two can
+    be compared. That decides n_ffn, which comes out near 8/3 n_embd: a multiple of 8, as vectors of a processor are."""
+    config = sizes | {"n_head_kv": n_head_kv or sizes["n_head"], "d_head": sizes["n_embd"] // sizes["n_head"]}
+    config |= {"eps": 1e-5, "rope_base": 10000.0, "rope_scaling": None, "tied": True, "n_ffn": 0}
+    n_missing = n_params(sizes) - n_params(config)
+    return config | {"n_ffn": max(8, 8 * round(n_missing / (8 * 3 * sizes["n_embd"] * sizes["n_layer"])))}
+
+
+def architecture_faults(name, n_embd, n_head, n_head_kv):
+    """Pairs (whether these flags of train.py have this fault, its message)."""
+    is_llama, shared = name == "llama", n_head_kv is not None
+    yield name not in ("", *HPARAMS), f"--architecture {name!r}: choose {' or '.join(HPARAMS)}"
+    yield (
+        is_llama and n_embd // n_head % 2,
+        f"--n_embd {n_embd} / --n_head {n_head} is odd: llama turns pairs of numbers",
+    )
+    yield shared and not is_llama, "--n_head_kv is for --architecture llama"
+    yield (
+        shared and (n_head_kv == 0 or n_head % n_head_kv),
+        f"--n_head_kv {n_head_kv} does not divide --n_head {n_head}",
+    )
+
+
+def n_params(hparams):
+    """The number of parameters of a model."""
+    return sum(map(math.prod, shapes_of(hparams).values()))
+
+
+HPARAMS = {"gpt2": gpt2_hparams, "llama": llama_hparams}  # the hyperparameters of a new model, from its sizes
+
+
+def shorten(hparams, params, n_ctx):
+    """(hparams, params) of the same model for texts of n_ctx tokens at most."""
+    return hparams | {"n_ctx": n_ctx}, params | ({"wpe": params["wpe"][:n_ctx]} if "wpe" in params else {})
+
+
+def hidden_of(hparams):
+    """The function (params, inputs, drop=...) -> [n_seq, n_embd], what the logits are computed from, for the
+    architecture that has these hyperparameters."""
+    if architecture(hparams) == "llama":
+        return functools.partial(llama_hidden, config=hparams)
+    return functools.partial(hidden, n_head=hparams["n_head"])
+
+
+def forward_of(hparams):
+    """The function (params, inputs, drop=...) -> logits for the architecture that has these hyperparameters."""
+    if architecture(hparams) == "llama":
+        return functools.partial(llama_forward, config=hparams)
+    return functools.partial(forward, n_head=hparams["n_head"])
 
 
 # ---- Dropout, with random numbers that NumPy and JAX agree on ----
@@ -38,7 +131,7 @@ def forward(params, inputs, n_head, drop):
 def dropout(rate, key):
     """A function of x, [n_seq, n_embd], that sets each number to 0 with probability `rate` and divides the others by
     1 - rate, so that the mean stays as it was (Srivastava et al. 2014, section 10). Any number may be missing, so the
-    model cannot come to depend on a particular pair of numbers. Each call draws anew; key is one row of
+    model cannot come to depend on a particular pair of numbers. Each call draws other numbers; key is one row of
     dropout_keys."""
     if rate == 0:
         return lambda x: x

@@ -3,7 +3,7 @@
     models/mine/training-400.npz       all that the next step depends on: the state of optimizer.py and the counters
     models/mine/model.ckpt-400.*       the model with the lowest validation loss so far, in OpenAI's layout
     models/mine/checkpoint             the name of the checkpoint to load
-    models/mine/model.safetensors      the same model, in Hugging Face's layout
+    models/mine/model.safetensors      the same model, in Hugging Face's layout (a LLaMA in this alone)
     models/mine/metrics.jsonl          a line for each step and each evaluation
 
 Batches and dropout masks are functions of the seed and the number of the step (data.draw, model.dropout_keys), so no
@@ -20,27 +20,22 @@ import numpy as np
 
 from utils import save_model
 from weights.files import replacing, write_text
-from weights.params import flatten
+from weights.params import named_leaves
 
 
 def save_run(folder, step, state, counters):
-    """Saves a run after `step` steps: `state`, a tree of NumPy arrays, and `counters`, what JSON can hold. Deletes all
-    but the last two."""
-    arrays = {array_name(path): array for path, array in flatten(state).items()}
+    """Saves a run after `step` steps: `state`, a tree of NumPy arrays, and `counters`, a dict that JSON can hold.
+    Deletes all saves but the last two."""
+    arrays = named_leaves(state)
     with replacing(Path(folder) / f"training-{step}.npz") as part, open(part, "wb") as file:
         np.savez(file, counters=json.dumps(counters), **arrays)
     for old in saved_steps(folder)[:-2]:
         (Path(folder) / f"training-{old}.npz").unlink()
 
 
-def array_name(path):
-    """The name of an array in the file: ("mean", "blocks", 0, "ln_1", "g") -> "mean.blocks.0.ln_1.g" """
-    return ".".join(map(str, path))
-
-
 def save_best(folder, step, hparams, params, ending=None):
-    """Writes the model that `folder` is loaded as from now on. The one before it is kept: another process may be
-    loading it."""
+    """Writes the model that is loaded from `folder` from now on. The one before it is kept, because another process may
+    be loading it."""
     save_model(folder, hparams, params, name=f"model.ckpt-{step}", ending=ending)
     found = {int(match[1]) for path in Path(folder).iterdir() if (match := re.search(r"\.ckpt-(\d+)\.", path.name))}
     for old in sorted(found - {step})[:-1]:
@@ -55,7 +50,7 @@ def saved_steps(folder):
 
 
 def load_run(folder):
-    """({array_name: array}, counters) of the last save. Raises ValueError if there is none, OSError if the file is
+    """({name: array}, counters) of the last save. Raises ValueError if there is none, OSError if the file is
     damaged."""
     if not (steps := saved_steps(folder)):
         raise ValueError(f"{folder} has no run to resume: leave out --resume to start one")
@@ -103,13 +98,10 @@ def rewind_metrics(folder, step):
 
 def draw_losses(folder, path):
     """Draws the losses of metrics.jsonl over steps, with tokens along the top, into the file `path`."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = read_metrics(folder)
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    lines, figure = read_metrics(folder), Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
     for name, color in (("loss", "#cccccc"), ("train", "#4477aa"), ("validation", "#cc6677")):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
@@ -121,4 +113,3 @@ def draw_losses(folder, path):
         tokens.set_xlabel("tokens, millions")
     axis.legend()
     figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)

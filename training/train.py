@@ -15,7 +15,6 @@ if __name__ == "__main__":  # before the slow imports
 import contextlib
 import functools
 import importlib.util
-import itertools
 import json
 import math
 import statistics
@@ -28,39 +27,43 @@ import backends
 import cli
 import utils
 from backends import np
-from inference import kv_cache, sampling
+from inference import sampling
 from inference.generate import Sequence, generate
+from inference.model import make_model
 from training import data, devices, optimizer, saves
 from training import step as step_library
+from training.model import HPARAMS, architecture_faults, forward_of, shorten
 from utils import save_tokenizer
 from weights.files import locked, new_folder, replacing
-from weights.params import flatten, tree_map, unflatten
+from weights.params import flatten, leaf_name, tree_map, unflatten
 
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 192, "n_ctx": 256}
-# Not compared on --resume. The sizes are compared as hparams.
-FREE = ("data", "out", "n_steps", "patience", "resume", *SIZES, *devices.FLAGS)
+# Settings that --resume may change. The sizes are compared too, as hparams.
+FREE = ("data", "out", "n_steps", "patience", "resume", "architecture", "n_head_kv", *SIZES, *devices.FLAGS)
 ELASTIC = {"devices", "micro_batch_size"}  # other devices, which may need another micro-batch, change only rounding
 N_EVALUATED = 65_536  # tokens of each part of the data, at most, for an evaluation
 
 
 # fmt: off
 def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None, n_head: int | None = None,
-         n_embd: int | None = None, n_ctx: int | None = None, init_from: str = "", n_steps: int = 1500,
-         batch_size: int = 32, micro_batch_size: int | None = None, learning_rate: float = 2e-3, warmup: int = 100,
-         beta2: float = 0.99, weight_decay: float = 0.1, clip: float = 1.0, dropout: float = 0.1,
-         dtype: str = "float32", eval_every: int = 100, patience: int = 0, seed: int = 0, backend: str = "",
-         resume: bool = False, mesh: str = "", coordinator: str = "", n_processes: int | None = None,
-         process_id: int | None = None):
+         n_embd: int | None = None, n_ctx: int | None = None, architecture: str = "", n_head_kv: int | None = None,
+         init_from: str = "", n_steps: int = 1500, batch_size: int = 32, micro_batch_size: int | None = None,
+         learning_rate: float = 2e-3, warmup: int = 100, beta2: float = 0.99, weight_decay: float = 0.1,
+         clip: float = 1.0, dropout: float = 0.1, dtype: str = "float32", eval_every: int = 100, patience: int = 0,
+         seed: int = 0, backend: str = "", resume: bool = False, train_only: str = "", mesh: str = "",
+         coordinator: str = "", n_processes: int | None = None, process_id: int | None = None):
     # fmt: on
-    """Trains a GPT-2 on a folder made by `python -m training.data`, and saves it in OpenAI's and Hugging Face's layout.
+    """Trains a model on a folder made by `python -m training.data`, and saves it in OpenAI's and Hugging Face's layout.
 
     Args:
         data: the folder with train.bin and validation.bin
         out: the model folder to make
-        n_layer: blocks; left out: 6, or as in --init_from, like the next two
+        n_layer: blocks; left out: 6, or as in --init_from, like the next two and the architecture
         n_head: attention heads, which share n_embd; left out: 6
         n_embd: the size of the vector that stands for one token; left out: 192
         n_ctx: tokens that the model can see; left out: 256; beside --init_from, at most as many as that model
+        architecture: gpt2 or llama (as many parameters, only in Hugging Face's layout); left out: gpt2
+        n_head_kv: for llama: heads of keys and values, which the n_head heads of queries share; left out: n_head
         init_from: start from this model, with its sizes and its tokenizer; left out: start from random numbers
         n_steps: how often to change the parameters; may be larger with --resume, and the learning rate follows it
         batch_size: windows of n_ctx tokens for one step
@@ -70,13 +73,14 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
         beta2: how slowly AdamW forgets squared gradients, 0 to less than 1; 0.95 to 0.999 is usual
         weight_decay: how much a matrix is pulled towards 0, times the learning rate
         clip: the largest norm of a gradient; a larger one is scaled down to it
-        dropout: the share of activations to set to 0 while training, 0 to less than 1
+        dropout: the share of the numbers between layers to set to 0 while training, 0 to less than 1
         dtype: float32, or bfloat16 with float32 master weights
         eval_every: steps from one evaluation, sample and save to the next
         patience: stop after so many evaluations without a lower validation loss; 0: never
         seed: the same seed trains the same model on the same machine
         backend: numpy or jax; left out: jax if it is installed, else numpy
         resume: go on from the last save in --out; give the other flags as before, but for a larger --n_steps
+        train_only: beside --init_from: train what this expression is found in the name of: "blocks.[4-5].*|ln_f.*"
         mesh: how devices divide the work, such as data=2,model=4 or fsdp=8 (docs/scaling.md); left out: data=all
         coordinator: host:port of process 0, if several processes train one model; auto: as SLURM or Kubernetes says
         n_processes: how many processes there are
@@ -84,11 +88,11 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
     """
     settings = SimpleNamespace(**locals())
     settings.backend = backend or ("jax" if importlib.util.find_spec("jax") else "numpy")
-    check(settings)
+    cli.check(rules(settings))
     try:
         with devices.joined(settings) as is_first, locked(out) if is_first else contextlib.nullcontext():
             run = Run(settings, is_first)
-            run.resume() if resume else run.begin()
+            run.resume() if resume else run.begin() if is_first else run.evaluate()
             run.train()
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # JAX's lack of memory
@@ -96,15 +100,8 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
         raise MemoryError("try a smaller --micro_batch_size (the same result), --n_ctx or --n_embd") from None
 
 
-def check(settings):
-    """Raises ValueError for a value out of its range, and for a flag that has no effect beside another."""
-    for wrong, message in itertools.chain(faults(settings), devices.faults(settings)):
-        if wrong:
-            raise ValueError(message)
-
-
-def faults(s):
-    """Pairs (whether settings s have this fault, its message)."""
+def rules(s):
+    """Yields (whether the settings break a rule, the message), for cli.check."""
     sizes = [name for name in SIZES if getattr(s, name) is not None]
     yield not s.data, "name the folder that python -m training.data made"
     for name in (*sizes, "n_steps", "batch_size", "eval_every"):
@@ -117,8 +114,12 @@ def faults(s):
     yield s.dtype not in ("float32", "bfloat16"), f"--dtype {s.dtype!r}: choose float32 or bfloat16"
     n_embd, n_head = s.n_embd or SIZES["n_embd"], s.n_head or SIZES["n_head"]
     yield n_embd % n_head, f"--n_embd {n_embd} cannot be shared among --n_head {n_head} heads: choose a multiple"
+    yield from devices.faults(s)
+    yield from architecture_faults(s.architecture, n_embd, n_head, s.n_head_kv)
+    sizes += ["architecture"] * bool(s.architecture)
     fixed = [name for name in sizes if name != "n_ctx"]
     yield s.init_from and fixed, f"--{''.join(fixed[:1])} has no effect: --init_from decides"
+    yield s.train_only and not s.init_from, "--train_only freezes weights: name those to start from with --init_from"
     yield s.seed >= 2**32, f"--seed {s.seed} is out of range: 0 to {2**32 - 1}"
 
 
@@ -131,13 +132,13 @@ def starting_point(s):
         n_ctx = hparams["n_ctx"] if s.n_ctx is None else s.n_ctx
         if n_ctx > hparams["n_ctx"]:
             raise ValueError(f"--n_ctx {n_ctx} is more than {s.init_from} has positions for: {hparams['n_ctx']}")
-        hparams, params = hparams | {"n_ctx": n_ctx}, params | {"wpe": params["wpe"][:n_ctx]}
+        hparams, params = shorten(hparams, params, n_ctx)
         encoder, ids = data.load(s.data, n_ctx)
         if (known.ids, known.ranks) != (encoder.ids, encoder.ranks):
             raise ValueError(f"{s.data} has other token ids than {s.init_from}: make it with --encoder {s.init_from}")
         return encoder, ids, hparams, params
     encoder, ids = data.load(s.data, sizes["n_ctx"])
-    hparams = {"n_vocab": len(encoder.ids), **sizes}
+    hparams = HPARAMS[s.architecture or "gpt2"](n_vocab=len(encoder.ids), n_head_kv=s.n_head_kv, **sizes)
     return encoder, ids, hparams, step_library.init_params(hparams, s.seed)
 
 
@@ -147,31 +148,30 @@ class Run:
     def __init__(self, s, is_first=True):
         self.settings, self.folder, self.is_first, self.seconds = s, Path(s.out), is_first, []
         self.encoder, self.ids, self.hparams, params = starting_point(s)
-        self.library = library = devices.make_library(s, params, self.hparams["n_head"])
+        self.library = library = devices.make_library(s, params, self.hparams)
+        params, self.frozen = step_library.freeze(library, params, s.train_only)
         # Copies, because JAX's step overwrites its state.
         self.state = optimizer.init_state(tree_map(np.array, library.asarray(params)))
-        n_head, n_ctx = self.hparams["n_head"] // library.N_MODEL, self.hparams["n_ctx"]
+        forward, n_ctx = forward_of(library.own(self.hparams)), self.hparams["n_ctx"]
         micro_batch_size = devices.choose_micro_batch_size(s, library)
-        loss_of = step_library.make_loss(library, n_head, s.dropout, s.dtype)
+        loss_of = step_library.make_loss(library, forward, s.dropout, s.dtype)
         adamw_settings = {"weight_decay": s.weight_decay, "beta2": s.beta2}
         self.step = step_library.make_step(library, loss_of, micro_batch_size, s.seed, s.clip, **adamw_settings)
-        self.mean_loss = step_library.make_mean_loss(library, n_head, micro_batch_size)
+        self.mean_loss = step_library.make_mean_loss(library, forward, micro_batch_size)
         self.windows = {n: data.consecutive(ids, n_ctx, max(1, N_EVALUATED // n_ctx)) for n, ids in self.ids.items()}
         fixed = {name: value for name, value in vars(s).items() if name not in FREE} | self.hparams
-        fixed |= {f"checksum of {name}.bin": zlib.crc32(ids) for name, ids in self.ids.items()}
         fixed |= {"micro_batch_size": micro_batch_size, "devices": [library.N_DATA, library.N_MODEL]}
+        fixed |= {f"checksum of {name}.bin": zlib.crc32(ids) for name, ids in self.ids.items()}
         self.counters = {"step": 0, "best": math.inf, "best_step": 0, "n_worse": 0, "settings": fixed}
 
     def begin(self):
         """Makes the folder with the first save. It is renamed to its final name when it is complete."""
-        if not self.is_first:
-            return self.evaluate()
         if self.folder.exists():
             hint = "--resume goes on with its run" if saves.saved_steps(self.folder) else "delete it"
             raise ValueError(f"{self.folder} is there already: {hint}, or name another folder with --out")
         final = self.folder
         with new_folder(final) as self.folder:
-            save_tokenizer(self.settings.data, self.folder)
+            save_tokenizer(self.settings.data, self.folder, utils.layouts_of(self.hparams))
             self.evaluate()
         self.folder = final
 
@@ -185,7 +185,7 @@ class Run:
         if self.settings.n_steps < counters["step"]:
             raise ValueError(f"--n_steps {self.settings.n_steps} is fewer than this run has done: {counters['step']}")
         self.counters = counters | {"settings": now}
-        state = unflatten({path: arrays[saves.array_name(path)] for path in flatten(self.state)})
+        state = unflatten({path: arrays[leaf_name(path)] for path in flatten(self.state)})
         self.state = tree_map(np.array, self.library.asarray(state))
         if self.is_first:
             saves.rewind_metrics(self.folder, counters["step"])
@@ -195,8 +195,8 @@ class Run:
         from tqdm import tqdm
 
         s, patience = self.settings, self.settings.patience or math.inf
-        hidden = None if self.is_first else True  # None: unless stderr is a terminal
-        with tqdm(total=s.n_steps, initial=self.counters["step"], unit="step", disable=hidden) as bar:
+        settings = {"total": s.n_steps, "initial": self.counters["step"], "unit": "step"}
+        with tqdm(**settings, disable=None if self.is_first else True) as bar:  # None: unless stderr is a terminal
             while self.counters["step"] < s.n_steps and self.counters["n_worse"] < patience:
                 loss = self.take_step()
                 n_tokens = s.batch_size * self.hparams["n_ctx"]
@@ -206,17 +206,16 @@ class Run:
                     bar.clear()
                     self.evaluate()
         if self.is_first:
-            step, loss = self.counters["best_step"], self.counters["best"]
-            print(f"{self.folder} is the model of step {step}, validation loss {loss:.4f}")
+            text = "{} is the model of step {best_step}, validation loss {best:.4f}"
+            print(text.format(self.folder, **self.counters))
 
     def take_step(self):
         """Takes one step and logs its loss, which it returns. Raises ValueError if the loss is NaN or infinite."""
-        s, n_done, began = self.settings, self.counters["step"], time.perf_counter()
-        n_ctx = self.hparams["n_ctx"]
+        s, n_ctx, n_done, began = self.settings, self.hparams["n_ctx"], self.counters["step"], time.perf_counter()
         read = functools.partial(data.draw, self.ids["train"], n_ctx, s.batch_size, s.seed, n_done)
         batch = self.library.rows(read, (s.batch_size, n_ctx + 1))
         rate = optimizer.learning_rate(n_done, s.learning_rate, s.warmup, s.n_steps)
-        self.state, loss = self.step(self.state, batch, n_done, rate)
+        self.state, loss = self.step(self.state, batch, n_done, rate, *self.frozen)
         loss = float(loss)  # waits for JAX
         self.seconds.append(time.perf_counter() - began)
         self.counters["step"] = n_done + 1
@@ -252,8 +251,8 @@ class Run:
     def evaluate(self):
         """Computes both losses, without dropout, and prints them with a sample. Saves the run, and the model if its
         validation loss is the lowest so far."""
-        counters = self.counters
-        losses = {name: self.mean_loss(self.state["params"], self.windows[name]) for name in data.PARTS}
+        counters, params = self.counters, step_library.join(self.state["params"], *self.frozen)
+        losses = {name: self.mean_loss(params, self.windows[name]) for name in data.PARTS}
         for name, loss in losses.items():
             self.require_finite(loss, f"loss on {name}.bin")
         self.log(losses)
@@ -261,20 +260,20 @@ class Run:
         if is_best := losses["validation"] < counters["best"]:
             counters |= {"best": losses["validation"], "best_step": counters["step"], "n_worse": 0}
         state = self.library.to_numpy(self.state)  # in all processes, as each has only a part
+        params = step_library.join(state["params"], *map(self.library.to_numpy, self.frozen))
         if not self.is_first:
             return
         if is_best:
             # <|endoftext|> stands between the texts of the data, so the model learns to end a text with it.
             ids = [i for i in [self.encoder.end_of_text] if i is not None]
             ending = utils.Ending(tuple(ids), True) if ids else None
-            saves.save_best(self.folder, counters["step"], self.hparams, state["params"], ending)
+            saves.save_best(self.folder, counters["step"], self.hparams, params, ending)
         saves.save_run(self.folder, counters["step"], state, counters)
         self.draw_losses()
         pace = self.settings.batch_size * self.hparams["n_ctx"] / statistics.median(self.seconds or [math.inf])
         self.seconds.clear()
-        text = self.sample(state["params"])
         print(f"step {counters['step']:5}  train {losses['train']:.4f}  validation {losses['validation']:.4f}"
-              f"{f'  {pace:,.0f} tokens/s' if pace else ''}\n       | {text}", flush=True)  # fmt: skip
+              f"{f'  {pace:,.0f} tokens/s' if pace else ''}\n       | {self.sample(params)}", flush=True)  # fmt: skip
 
     def draw_losses(self):
         """Draws loss.png, if matplotlib is installed and there is room on the disk: the run goes on without it."""
@@ -287,7 +286,7 @@ class Run:
         start, n = end_ids or [0], min(40, self.hparams["n_ctx"] - 1)
         warm = sampling.SamplingParams(temperature=0.8)
         row = Sequence(self.encoder, start, n, warm, end_ids=end_ids, seed=self.settings.seed)
-        text = "".join(generate(kv_cache.make_model(params, self.hparams["n_head"], backends.get("numpy")), row))
+        text = "".join(generate(make_model(params, self.hparams, backends.get("numpy")), row))
         return " ".join(text.split())
 
 

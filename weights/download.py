@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from weights.files import check_regular, locked
-from weights.tensorflow import damages, latest_checkpoint, read_hparams, read_index
+from weights.tensorflow import file_damages, latest_checkpoint, read_hparams, read_index
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
@@ -49,8 +49,8 @@ def missing_files(model_dir):
 
 
 def discard_damaged_index(model_dir):
-    """Removes an index that cannot be read, if the data is not there yet: data is checked against its index, so no
-    download of it could succeed."""
+    """Removes an index that cannot be read, if the data file is not there yet. The data is checked against the index
+    after its download, and would be refused."""
     if (model_dir / INDEX).is_file() and not (model_dir / DATA).is_file():
         try:
             read_index(model_dir / INDEX)
@@ -122,7 +122,7 @@ def check_file(part, name, md5=None):
             latest_checkpoint(part)
         elif name == INDEX:
             read_index(part)
-        elif name == DATA and (damage := next(damages(part.with_name(INDEX), part), None)):
+        elif name == DATA and (damage := next(file_damages(part.with_name(INDEX), part), None)):
             raise OSError(f"{name}: {damage}")
     except OSError:
         part.unlink()

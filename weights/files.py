@@ -23,9 +23,8 @@ def check_regular(path, max_size=None):
     opening a named pipe may wait for ever, and reading a device may never end."""
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(
-            f"{path}: {'Is a directory' if stat.S_ISDIR(found.st_mode) else 'a pipe or a device'}, not a file"
-        )
+        kind = "Is a directory" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+        raise OSError(f"{path}: {kind}, not a file")
     if max_size is not None and found.st_size > max_size:
         raise OSError(f"{path}: {found.st_size} bytes are too many for such a file, {max_size} are the limit")
     if 100 < found.st_size < 1000:
@@ -72,8 +71,8 @@ def map_file(path, offset=0, size=None):
 
 def map_part(path, data, offset, size):
     """`size` bytes from `offset` on of the file that `data` maps as a whole. A large part has a mapping of its own,
-    whose memory is released together with it, when a backend has made a copy. Each mapping keeps a file open, of which
-    a process may have few hundred, so the small parts share one."""
+    so that its memory is released as soon as a backend has made a copy. Each mapping keeps a file open, and a process
+    may have few hundred files open, so the small parts share the mapping of the whole file."""
     return map_file(path, offset, size) if size >= 2**16 else data[offset : offset + size]
 
 
@@ -119,14 +118,11 @@ def new_folder(out):
 @contextlib.contextmanager
 def scratch_folder(path):
     """Yields a new, empty folder beside `path`, with a name that nothing had before, and removes it at the end."""
-    import shutil  # here, as these two take 5 ms, and most programs only read
-    import tempfile
+    import tempfile  # here, as it takes 5 ms, and most programs only read
 
-    folder = tempfile.mkdtemp(".part", f".{path.name[:99]}.", path.parent)
-    try:
+    prefix = f".{path.name[:99]}."
+    with tempfile.TemporaryDirectory(".part", prefix, path.parent, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- One writer at a time ----
@@ -181,5 +177,5 @@ def remove_leftovers(folder):
 
     for parent, name in (folder.parent, re.escape(folder.name[:99])), (folder, ".+"):
         for path in [*parent.glob(".*.part")]:
-            if re.fullmatch(rf"\.{name}\.[a-z0-9_]{{8}}\.part", path.name):  # as tempfile.mkdtemp names them
+            if re.fullmatch(rf"\.{name}\.[a-z0-9_]{{8}}\.part", path.name):  # as tempfile names them
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: config.json and model.safetensors.
+"""A Hugging Face model folder: config.json and model.safetensors. (What only a LLaMA has is in llama.py.)
 
 A safetensors file holds named tensors like a TensorFlow checkpoint, but without checksums:
 
@@ -19,8 +19,18 @@ from pathlib import Path
 
 import numpy as np
 
+from weights import llama
 from weights.files import MAX_SMALL, check_regular, map_file, map_part, parse_json, read_json, replacing
-from weights.params import assemble, check_hparams, flatten, param_shapes
+from weights.params import (
+    architecture,
+    assemble,
+    check_hparams,
+    flatten,
+    llama_shapes,
+    param_shapes,
+    replace_leaves,
+    require,
+)
 
 HF_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 HF_NAMES = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}  # what config.json calls them
@@ -40,16 +50,18 @@ def hf_name(path):
 
 
 def read_hparams(path):
-    """{n_vocab, n_ctx, n_embd, n_head, n_layer} of a config.json. Raises OSError for a file that is damaged, or that
-    describes something gpt2.py would compute differently."""
+    """{n_vocab, n_ctx, n_embd, n_head, n_layer} of a GPT-2's config.json, or what llama.read_config says of a LLaMA's.
+    Raises OSError for a file that is damaged, or that describes something which is not computed here."""
     config = read_json(path)
+    if (name := config.get("model_type", "gpt2")) not in ("gpt2", "llama"):
+        raise OSError(f"{path}: model_type is {name!r:.60}, which is not supported: gpt2 and llama are")
+    if name == "llama":
+        return llama.read_config(path, config)
     hparams = check_hparams(path, config, HF_NAMES)
-    supported = {"model_type": ("gpt2",), "activation_function": GELUS, "layer_norm_epsilon": (1e-5,)}
-    supported |= {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)}
-    supported |= {"add_cross_attention": (False,), "tie_word_embeddings": (True,), "quantization_config": (None,)}
-    for name, values in supported.items():
-        if (value := config.get(name, values[0])) not in values:
-            raise OSError(f"{path}: {name} is {value!r:.60}, GPT-2's is {values[0]!r}: no other model is computed here")
+    supported = {"activation_function": GELUS, "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,)}
+    supported |= {"scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
+    supported |= {"tie_word_embeddings": (True,), "quantization_config": (None,)}
+    require(path, config, supported, "GPT-2")
     n_inner = 4 * hparams["n_embd"]
     if config.get("n_inner") not in (None, n_inner):
         raise OSError(f"{path}: n_inner is {config['n_inner']!r:.60}, GPT-2's is 4 * n_embd = {n_inner}")
@@ -57,26 +69,41 @@ def read_hparams(path):
 
 
 def load_gpt2_params_from_hf(path, hparams):
-    """The params in a model.safetensors, or in the files that path + ".index.json" lists. float32 and float64 are
-    memory-mapped, not copied (changing an array changes memory, never the file); narrower numbers become float32.
+    """The params of a GPT-2 in a model.safetensors, or in the files that path + ".index.json" lists. Raises OSError as
+    load_params does."""
+    return load_params(path, param_shapes(**hparams), hf_name, "transformer.", r"\.attn\.(masked_)?bias$")
 
-    Raises OSError naming the file and the tensor if one is missing, damaged, or has another shape, and if the output
-    matrix, lm_head.weight, differs from wte: GPT-2 has one matrix for both.
+
+def load_llama_params_from_hf(path, config):
+    """The same for a LLaMA. Each matrix is a transposed view of what the file holds, [n_out, n_in]."""
+    shapes = {place: shape[::-1] if place[-1] == "w" else shape for place, shape in llama_shapes(config).items()}
+    params = load_params(path, shapes, llama.hf_name, "model.", r"\.rotary_emb\.inv_freq$")
+    return replace_leaves(lambda place, array: array.T if place[-1] == "w" else array, params)
+
+
+def load_params(path, shapes, name_of, prefix, ignored):
+    """The params that `shapes` describes, from a model.safetensors or the files that path + ".index.json" lists.
+    float32 and float64 are memory-mapped, not copied (changing an array changes memory, never the file); narrower
+    numbers become float32.
+
+    Names are with or without `prefix`, as the kind of model was that was saved; those that match `ignored` are masks
+    and tables, no parameters. Raises OSError naming the file and the tensor if one is missing, damaged, or has another
+    shape, and if the output matrix, lm_head.weight, differs from wte in a model that has one matrix for both.
     """
     tensors = {}
     for name, tensor in read_tensors(Path(path)).items():
-        name = name.removeprefix("transformer.")  # which some files have and some do not
+        name = name.removeprefix(prefix)
         if name in tensors:
-            raise OSError(f"{path}: {name} is in it twice, with the prefix `transformer.` and without")
-        if not re.search(r"\.attn\.(masked_)?bias$", name):  # the causal mask, which is no parameter
+            raise OSError(f"{path}: {name} is in it twice, with the prefix `{prefix}` and without")
+        if not re.search(ignored, name):
             tensors[name] = tensor
     if odd := [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in HF_DTYPES]:
         raise OSError(f"{path}: {odd[0]} is of a number type that is not read here: save it as one of {[*HF_DTYPES]}")
-    head = tensors.pop("lm_head.weight", None)
-    if head and not equal(head, tensors.setdefault("wte.weight", head)):
-        raise OSError(f"{path}: lm_head.weight differs from wte.weight; GPT-2, the one model here, has them equal")
+    wte, head = name_of(("wte",)), None if ("lm_head",) in shapes else tensors.pop("lm_head.weight", None)
+    if head and not equal(head, tensors.setdefault(wte, head)):
+        raise OSError(f"{path}: lm_head.weight differs from {wte}, but this model has one matrix for both")
     found = {name: tensor.shape for name, tensor in tensors.items()}
-    return assemble(path, param_shapes(**hparams), found, hf_name, lambda name: widen(tensors[name]))
+    return assemble(path, shapes, found, name_of, lambda name: widen(tensors[name]))
 
 
 def read_tensors(path):
@@ -102,7 +129,7 @@ def what_else(path):
         if path.with_name(name).exists():
             return (
                 f"{path.with_name(name)} cannot be read here, and reading a pickle can run code. Convert it with "
-                f"transformers: GPT2LMHeadModel.from_pretrained({str(path.parent)!r}).save_pretrained('new_folder')"
+                f"transformers: AutoModelForCausalLM.from_pretrained({str(path.parent)!r}).save_pretrained('new')"
             )
     return f"{path}: No such file or directory"
 
@@ -132,7 +159,9 @@ def widen(tensor):
     """The numbers of a tensor as float32 or float64, [n]. A bfloat16 is the upper half of a float32: zeros follow."""
     numbers = map_part(tensor.path, tensor.data, tensor.offset, tensor.size).view(HF_DTYPES[tensor.dtype])
     if tensor.dtype == "BF16":
-        return (numbers.astype(np.uint32) << 16).view(np.float32)
+        wide = numbers.astype(np.uint32)
+        wide <<= 16  # in place: no second copy of a large tensor
+        return wide.view(np.float32)
     numbers = numbers.astype(np.promote_types(numbers.dtype, np.float32), copy=False)
     return np.require(numbers, requirements="A")  # a copy if the file has it at an odd place: slow to compute with
 
@@ -150,16 +179,27 @@ def equal(a, b):
 
 def hf_config(hparams, end_of_text):
     """The contents of config.json, with the names that transformers uses. end_of_text is an id, or None."""
+    if architecture(hparams) == "llama":
+        return llama.hf_config(hparams, end_of_text)
     fixed = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
     fixed |= {"layer_norm_epsilon": 1e-5, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
     return fixed | {HF_NAMES.get(name, name): value for name, value in hparams.items()}
 
 
-def save_gpt2_params_to_hf(path, params):
-    """Writes params as a model.safetensors, each number as it is (bfloat16, which NumPy lacks, as float32)."""
+def hf_tensors(hparams, params):
+    """{name: array} of params, with the names and shapes of transformers' models (a GPT2Model's, a
+    LlamaForCausalLM's)."""
+    if architecture(hparams) == "gpt2":
+        return {hf_name(path): array for path, array in flatten(params).items()}
+    arrays = {path: np.asarray(array).T if path[-1] == "w" else array for path, array in flatten(params).items()}
+    return {"model." * (path != ("lm_head",)) + llama.hf_name(path): array for path, array in arrays.items()}
+
+
+def write_tensors(path, tensors):
+    """Writes a model.safetensors, each number as it is (bfloat16, which NumPy lacks, as float32)."""
     import safetensors.numpy
 
-    tensors = {hf_name(path): np.ascontiguousarray(array) for path, array in flatten(params).items()}
+    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     tensors = {name: t.astype("<f4") if t.dtype.itemsize == 2 else t for name, t in tensors.items()}
     with replacing(path) as part:
         part.write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))  # transformers requires it

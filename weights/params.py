@@ -6,6 +6,7 @@ and indices on the way to it: ("blocks", 0, "attn", "c_attn", "w") is params["bl
 
 import functools
 import operator
+import re
 
 import numpy as np
 
@@ -32,18 +33,64 @@ def param_shapes(n_vocab, n_ctx, n_embd, n_head, n_layer):
     return {("wte",): (n_vocab, n_embd), ("wpe",): (n_ctx, n_embd), **blocks, **norm}
 
 
+def llama_shapes(config):
+    """{path: shape} of all parameters of a LLaMA; variants/llama.py says what the sizes in `config` are. There are no
+    biases. Without "lm_head" (config["tied"]), wte serves at the output too."""
+    n_vocab, n_embd, n_ffn = config["n_vocab"], config["n_embd"], config["n_ffn"]
+    n_query, n_key = config["n_head"] * config["d_head"], config["n_head_kv"] * config["d_head"]
+    block = {
+        "ln_1/g": (n_embd,),
+        "attn/c_q/w": (n_embd, n_query),
+        "attn/c_k/w": (n_embd, n_key),
+        "attn/c_v/w": (n_embd, n_key),
+        "attn/c_proj/w": (n_query, n_embd),
+        "ln_2/g": (n_embd,),
+        "mlp/c_gate/w": (n_embd, n_ffn),
+        "mlp/c_up/w": (n_embd, n_ffn),
+        "mlp/c_down/w": (n_ffn, n_embd),
+    }
+    blocks = {("blocks", i, *name.split("/")): shape for i in range(config["n_layer"]) for name, shape in block.items()}
+    head = {} if config["tied"] else {("lm_head",): (n_vocab, n_embd)}
+    return {("wte",): (n_vocab, n_embd), **blocks, ("ln_f", "g"): (n_embd,), **head}
+
+
+def architecture(hparams):
+    """The name of the architecture that has these hyperparameters. Those of a LLaMA have a number of key/value heads,
+    those of a GPT-2 do not."""
+    return "llama" if "n_head_kv" in hparams else "gpt2"
+
+
+def shapes_of(hparams):
+    """{path: shape} of all parameters of a model, whichever its architecture."""
+    return llama_shapes(hparams) if architecture(hparams) == "llama" else param_shapes(**hparams)
+
+
 def check_hparams(file, found, names=None):
-    """The five sizes in `found`, the object read from `file`, where some may have other `names`. Raises OSError unless
-    each is a whole number above 0 that a model can have."""
+    """The five sizes of a GPT-2 in `found`, the object read from `file`, where some may have other `names`. Raises
+    OSError unless each is a whole number above 0 that a model can have."""
     names = {name: name for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")} | (names or {})
-    hparams = {name: found.get(theirs) for name, theirs in names.items()}
-    for name, value in zip(names.values(), hparams.values(), strict=True):
-        limit = 1000 if name == "n_layer" else 2**24  # far above any model, far below what would make the loader hang
-        if type(value) is not int or not 1 <= value <= limit:
-            raise OSError(f"{file}: {name} must be a whole number from 1 to {limit}, not {value!r:.40}")
+    hparams = check_sizes(file, found, names)
     if hparams["n_embd"] % hparams["n_head"]:
         raise OSError(f"{file}: n_embd {hparams['n_embd']} cannot be shared among n_head {hparams['n_head']} heads")
     return hparams
+
+
+def check_sizes(file, found, names):
+    """{name: found[its name in the file]} for {name: name in the file}. Raises OSError as above."""
+    sizes = {name: found.get(theirs) for name, theirs in names.items()}
+    for name, value in sizes.items():
+        limit = 1000 if name == "n_layer" else 2**24  # far above any model, far below what would make the loader hang
+        if type(value) is not int or not 1 <= value <= limit:
+            raise OSError(f"{file}: {names[name]} must be a whole number from 1 to {limit}, not {value!r:.40}")
+    return sizes
+
+
+def require(file, found, supported, model):
+    """Raises OSError if an entry of `found`, the object read from `file`, is not one of the values in `supported`,
+    {name: values that the model has}; the first one is the default."""
+    for name, values in supported.items():
+        if (value := found.get(name, values[0])) not in values:
+            raise OSError(f"{file}: {name} is {value!r:.60}, {model}'s is {values[0]!r}: no other is computed here")
 
 
 def not_finite(params):
@@ -68,7 +115,8 @@ def tree_map(f, *trees):
     if isinstance(first, dict):
         return {key: tree_map(f, *(tree[key] for tree in trees)) for key in first}
     if isinstance(first, (list, tuple)):
-        return type(first)(tree_map(f, *parts) for parts in zip(*trees, strict=True))
+        make = getattr(first, "_make", type(first))  # a NamedTuple takes its parts one by one
+        return make([tree_map(f, *parts) for parts in zip(*trees, strict=True)])
     return f(*trees)
 
 
@@ -89,6 +137,29 @@ def unflatten(leaves):
         parts.setdefault(key, {})[tuple(rest)] = leaf
     parts = {key: unflatten(part) for key, part in parts.items()}
     return [parts[i] for i in range(len(parts))] if 0 in parts else parts
+
+
+def leaf_name(path):
+    """("blocks", 0, "ln_1", "g") -> "blocks.0.ln_1.g" """
+    return ".".join(map(str, path))
+
+
+def named_leaves(tree):
+    """{"blocks.0.ln_1.g": leaf, ...}: the tree as one dict, from which leaves are chosen by their names."""
+    return {leaf_name(path): leaf for path, leaf in flatten(tree).items()}
+
+
+def from_names(leaves):
+    """The inverse of named_leaves, for a tree of dicts and lists."""
+    return unflatten({tuple(int(k) if k.isdigit() else k for k in name.split(".")): x for name, x in leaves.items()})
+
+
+def matching(pattern, names):
+    """The names that the regular expression `pattern` is found in. Raises ValueError if it is none."""
+    try:
+        return [name for name in names if re.search(pattern, name)]
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
 
 
 def replace_leaves(f, tree):

@@ -60,63 +60,56 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     array changes memory, never the file.
 
     Raises OSError naming the file and the tensor if one is missing, lies outside the file, has another shape, or does
-    not have the checksum that the index has (in a file of up to MAX_CHECKED bytes; `damages` checks any).
+    not have the checksum that the index has (in a file of up to MAX_CHECKED bytes; `file_damages` checks any).
     """
     entries, path = read_index(f"{tf_ckpt_path}.index"), f"{tf_ckpt_path}.data-00000-of-00001"
     data = map_file(path)
-    if line := surplus(entries, len(data)):
-        raise OSError(f"{path}: {line}")
-    entries = {name: entry for name, entry in entries.items() if name.startswith("model/")}  # not the optimizer's
-    for name, entry in entries.items():
-        if line := misplacement(name, entry, len(data)):
-            raise OSError(f"{path}: {line}")
-    found = {name: entry.shape for name, entry in entries.items()}
+    # Only tensors of the model are checked: a checkpoint may hold those of an optimizer too.
+    if damage := next(damages(entries, data, prefix="model/", checksums=len(data) <= MAX_CHECKED), None):
+        raise OSError(f"{path}: {damage}")
+    found = {name: entry.shape for name, entry in entries.items() if name.startswith("model/")}
 
     def read(name):
-        part = map_part(path, data, entries[name].offset, entries[name].size)
-        if len(data) <= MAX_CHECKED and (line := wrong_checksum(name, entries[name], part)):
-            raise OSError(f"{path}: {line}")
-        return part.view("<f4")
+        return map_part(path, data, entries[name].offset, entries[name].size).view("<f4")
 
     return assemble(path, param_shapes(**hparams), found, tf_name, read)
+
+
+def file_damages(index_path, data_path):
+    """Yields a line for each damage of a data file, whatever its size, and checks every tensor's checksum."""
+    yield from (f"{data_path}: {line}" for line in damages(read_index(index_path), map_file(data_path)))
+
+
+def damages(entries, data, prefix="", checksums=True):
+    """Yields a line if `data`, the bytes of a data file, does not end with the last tensor of the index `entries`, and
+    one for each tensor whose name begins with `prefix` and that is misplaced or has the wrong checksum."""
+    if (n_surplus := len(data) - max(entry.offset + entry.size for entry in entries.values())) > 0:
+        yield f"a surplus of {n_surplus} bytes after the last tensor"
+    for name, entry in entries.items():
+        if not name.startswith(prefix):
+            continue
+        if fault := misplacement(name, entry, len(data)) or (checksums and wrong_checksum(entry, data)):
+            yield f"{name} {fault}"
 
 
 def misplacement(name, entry, n_bytes):
     """What is wrong with an entry of the index, as text, or None: a tensor must lie inside the data file of n_bytes,
     and a parameter must be the float32 numbers of its shape."""
     if name.startswith("model/") and entry.dtype != 1:  # DT_FLOAT in TensorFlow's types.proto
-        return f"{name} holds numbers of TensorFlow's type {entry.dtype}, not float32 (1)"
+        return f"holds numbers of TensorFlow's type {entry.dtype}, not float32 (1)"
     if entry.dtype == 1 and entry.size != 4 * math.prod(entry.shape):
-        return f"{name} takes {entry.size} bytes, its shape {entry.shape} {4 * math.prod(entry.shape)}"
+        return f"takes {entry.size} bytes, its shape {entry.shape} {4 * math.prod(entry.shape)}"
     if entry.offset + entry.size > n_bytes:
-        return f"{name} ends at byte {entry.offset + entry.size}, the file at {n_bytes}: it was cut short"
+        return f"ends at byte {entry.offset + entry.size}, the file at {n_bytes}: it was cut short"
     return None
 
 
-def surplus(entries, n_bytes):
-    """What is wrong with the size of a data file of n_bytes, as text, or None: the last tensor must end it."""
-    n_surplus = n_bytes - max(entry.offset + entry.size for entry in entries.values())
-    return f"a surplus of {n_surplus} bytes after the last tensor" if n_surplus > 0 else None
-
-
-def wrong_checksum(name, entry, data):
+def wrong_checksum(entry, data):
     """What is wrong with the bytes of a tensor, as text, or None: they must have the checksum that the index has."""
-    found = masked_crc32c(data)
+    found = masked_crc32c(data[entry.offset : entry.offset + entry.size])
     if found != entry.crc32c:
-        return f"{name} has checksum {found:08x}, by the index {entry.crc32c:08x}: download or copy the file again"
+        return f"has checksum {found:08x}, by the index {entry.crc32c:08x}: download or copy the file again"
     return None
-
-
-def damages(index_path, data_path):
-    """One line for each tensor that is misplaced or has the wrong checksum, and one for bytes at the end that belong to
-    none."""
-    data, entries = map_file(data_path), read_index(index_path)
-    if line := surplus(entries, len(data)):
-        yield f"{data_path}: {line}"
-    for name, entry in entries.items():
-        part = data[entry.offset : entry.offset + entry.size]
-        if line := misplacement(name, entry, len(data)) or wrong_checksum(name, entry, part):
-            yield f"{data_path}: {line}"
 
 
 def read_index(path):

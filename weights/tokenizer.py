@@ -1,13 +1,18 @@
-"""The files of a byte-level BPE tokenizer, in the three layouts in which model folders have them:
+"""The files of a byte-level BPE tokenizer, in the four layouts in which models have them:
 
 encoder.json and vocab.bpe     OpenAI's: {spelling: id}, and the merges, one a line, best first
 vocab.json and merges.txt      Hugging Face's older one: the same two; further tokens are in added_tokens.json
 tokenizer.json                 Hugging Face's newer one: both in one file, and how a text is split
+model.gguf                     llama.cpp's: lists of tokens, of their types and of merges, beside the weights
+
+A tokenizer.json of another kind than GPT-2's is for library_tokenizer.py.
 """
 
 import functools
 import itertools
 import json
+import re
+from typing import NamedTuple
 
 from weights.files import read_json, read_text
 
@@ -27,18 +32,42 @@ SUPPORTED = {
     "model.ignore_merges": (None, False),
 }
 
+EACH_DIGIT = {"type": "Digits", "individual_digits": True}  # before GPT-2's pattern
+
 NO_OTHER = "no other kind of tokenizer is supported; choose a model that has GPT-2's"
+NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens in a GGUF file
+GGUF_SPLITTINGS = ("gpt-2", "smollm")  # tokenizer.ggml.pre: see encoder.SPLITTINGS
+
+
+class Files(NamedTuple):
+    """What the files of a tokenizer say."""
+
+    file: object  # the main one, for messages
+    ids: dict  # {spelling: id}
+    merges: list  # of pairs of spellings
+    added: dict  # {text: id} of the tokens that are special
+    splitting: str = "gpt-2"  # the key of one of encoder.SPLITTINGS
+
+
+class OtherKind(OSError):
+    """A tokenizer.json that is not of GPT-2's kind. `path` is the file."""
+
+    def __init__(self, path, difference):
+        super().__init__(f"{path}: {difference}")
+        self.path = path
 
 
 # ---- Reading ----
 
 
 def read_tokenizer(folder):
-    """(the main file, {spelling: id}, [pair of spellings], {text: id} of the added tokens) of a model folder. Raises
-    OSError naming the file that is missing, damaged, or of another kind of tokenizer."""
-    added = {}
+    """The Files of the tokenizer of a model folder or of a .gguf file. Raises OSError naming the file that is
+    missing or damaged; OtherKind for a tokenizer.json that encoder.py would not follow."""
+    added, splitting = {}, "gpt-2"
+    if folder.suffix == ".gguf" and folder.is_file():
+        return read_gguf_tokenizer(folder)
     if (file := folder / "tokenizer.json").exists():
-        ids, merges, added = read_tokenizer_json(file)
+        ids, merges, added, splitting = read_tokenizer_json(file)
     elif (file := folder / "vocab.json").exists():
         merges, ids = read_merges(folder / "merges.txt"), read_json(file)
         if (added_file := folder / "added_tokens.json").exists():
@@ -48,8 +77,35 @@ def read_tokenizer(folder):
         merges, ids = read_merges(folder / "vocab.bpe"), read_json(file)
     if file.name != "encoder.json" and (config := folder / "tokenizer_config.json").exists():
         for name in {"add_prefix_space", "add_bos_token"} & {key for key, value in read_json(config).items() if value}:
+            if name == "add_bos_token" and file.name == "tokenizer.json":
+                raise OtherKind(file, f"{name} is on in tokenizer_config.json")
             raise OSError(f"{config}: {name} is on, which GPT-2's tokenizer does not do: {NO_OTHER}")
-    return file, ids, merges, added
+    return Files(file, ids, merges, added, splitting)
+
+
+def read_gguf_tokenizer(path):
+    """The Files of the tokenizer in a GGUF file. Raises OSError as above."""
+    from weights.gguf import read_header  # here, as only these files need it
+
+    fields = {name.removeprefix("tokenizer.ggml."): value for name, value in read_header(path).fields.items()}
+    kind, splitting = fields.get("model"), fields.get("pre")
+    if kind != "gpt2" or splitting not in GGUF_SPLITTINGS or fields.get("add_bos_token"):
+        raise OSError(
+            f"{path}: its tokenizer is {kind!r:.40}, {splitting!r:.40}; of GGUF files only 'gpt2' with "
+            f"{' or '.join(GGUF_SPLITTINGS)} is read, without a token before each text: load the Hugging Face folder"
+        )
+    tokens, kinds, merges = (fields.get(name) for name in ("tokens", "token_type", "merges"))
+    sound = isinstance(kinds, list) and set(map(type, [*(tokens or [0]), *(merges or [])])) == {str}
+    if not sound or len(tokens) != len(kinds) or len(set(tokens)) != len(tokens):
+        raise OSError(f"{path}: damaged: its lists of tokens, their types and merges do not match")
+    if odd := [
+        (token, kind) for token, kind in zip(tokens, kinds, strict=True) if kind not in (NORMAL, CONTROL, UNUSED)
+    ]:
+        raise OSError(f"{path}: the token {odd[0][0]!r:.40} is of the type {odd[0][1]!r:.20}, which is not read here")
+    merges = [tuple(merge.split(" ")) for merge in merges]
+    require_pairs(path, merges)
+    ids = {token: i for i, token in enumerate(tokens) if kinds[i] == NORMAL}
+    return Files(path, ids, merges, {token: i for i, token in enumerate(tokens) if kinds[i] == CONTROL}, splitting)
 
 
 def read_merges(path):
@@ -63,12 +119,15 @@ def read_merges(path):
 
 
 def read_tokenizer_json(path):
-    """({spelling: id}, [pair of spellings], {text: id} of the added tokens) of a tokenizer.json. Raises OSError if
-    encoder.py would encode a text differently."""
-    found = read_json(path)
+    """({spelling: id}, [pair of spellings], {text: id} of the added tokens, splitting) of a tokenizer.json. Raises
+    OtherKind if encoder.py would encode a text differently, OSError if it is damaged."""
+    found, splitting = read_json(path), "gpt-2"
+    pre_tokenizers = look_up(found, "pre_tokenizer.pretokenizers")
+    if isinstance(pre_tokenizers, list) and len(pre_tokenizers) == 2 and pre_tokenizers[0] == EACH_DIGIT:
+        found["pre_tokenizer"], splitting = pre_tokenizers[1], "smollm"
     for name, supported in SUPPORTED.items():
         if (value := look_up(found, name)) not in supported:
-            raise OSError(f"{path}: {name} is {value!r:.60}, GPT-2's is {supported[0]!r}: {NO_OTHER}")
+            raise OtherKind(path, f"{name} is {value!r:.60}, GPT-2's is {supported[0]!r}")
     try:
         ids, added = dict(found["model"]["vocab"]), found.get("added_tokens") or []
         merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in found["model"]["merges"]]
@@ -80,10 +139,10 @@ def read_tokenizer_json(path):
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise OSError(f"{path}: no tokenizer, or a damaged one ({type(error).__name__}: {error})") from None
     if in_text:
-        raise OSError(f"{path}: the added token {in_text[0]!r:.40} is no special token but part of texts: {NO_OTHER}")
+        raise OtherKind(path, f"the added token {in_text[0]!r:.40} is no special token but part of texts")
     if surrounds:
-        raise OSError(f"{path}: post_processor adds tokens to each text, which GPT-2's does not: {NO_OTHER}")
-    return ids, merges, added
+        raise OtherKind(path, "post_processor adds tokens to each text")
+    return ids, merges, added, splitting
 
 
 def look_up(tree, name):
@@ -134,6 +193,24 @@ def check_vocabulary(file, ids, merges, symbols):
         raise OSError(
             f"{file}: no merge leads to {min(lost)!r:.40}{others}: the merges were cut short, or do not match"
         )
+
+
+# ---- Special tokens in a text ----
+
+
+def split_special(text, allowed, special):
+    """A text -> its parts: ordinary texts and, as ids, the special tokens among `allowed` (a text or several), whose
+    ids are in `special`. Where two would match, the longer one does. Raises ValueError for what is none.
+
+    split_special("Hi<|endoftext|>Bye", "<|endoftext|>", {"<|endoftext|>": 50256})  ->  ["Hi", 50256, "Bye"]
+    """
+    allowed = {allowed} if isinstance(allowed, str) else set(allowed)
+    if unknown := allowed - special.keys():
+        raise ValueError(f"{unknown.pop()!r} is no special token of this encoder")
+    if not allowed:
+        return [text]
+    pattern = "|".join(map(re.escape, sorted(allowed, key=len, reverse=True)))
+    return [special[part] if i % 2 else part for i, part in enumerate(re.split(f"({pattern})", text))]
 
 
 # ---- Writing ----

@@ -50,7 +50,7 @@ def test_prepare_gives_the_memory_of_what_it_copies_back(tmp_path):
     held = [os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
     assert held.count(str(tmp_path / utils.DATA)) <= n_matrices + 3, "a process may have 256 files open, or 1024"
     library = backends.get("jax")
-    model = kv_cache.make_model(library.prepare(params), hparams["n_head"], library)
+    model = kv_cache.make_model(library.prepare(params), hparams, library)
     jax.block_until_ready(model.params)
     assert n_mapped() <= n_tensors - n_matrices
 

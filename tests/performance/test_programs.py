@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, oracle, random_params
 
 import backends
+from backends import np
 from inference import kv_cache
 
 jax = oracle("jax")
@@ -18,40 +19,45 @@ def library():
     return backends.get("jax")
 
 
-def test_jax_compiles_one_program_per_bucket_and_one_for_decoding(golden, monkeypatch):
-    traced = []
-    forward = kv_cache.forward
-    monkeypatch.setattr(kv_cache, "forward", lambda *a, **k: traced.append(a[1].shape) or forward(*a, **k))
-    kv_cache.compiled.cache_clear()
+@pytest.fixture
+def traced(monkeypatch):
+    """A list of (the number of tokens, the capacity of the cache) for each program. The programs compute nothing: how
+    many there are depends on shapes alone."""
+    found = []
+
+    def forward(params, tokens, cache, position, last=None, **_settings):
+        found.append((len(tokens), cache[0][0].shape[-1]))
+        return np.zeros_like(params["wte"][:, 0]) + position, cache
+
+    monkeypatch.setattr(kv_cache, "forward", forward)
+    kv_cache.forward_on.cache_clear()
+    yield found
+    kv_cache.forward_on.cache_clear()
+
+
+def test_jax_compiles_one_program_per_bucket_and_one_for_decoding(golden, traced):
     params = backends.get("jax").asarray(golden["params"])
     for n_prompt in range(1, 45, 2):  # with 20 more, all fit into a cache of 64
         kv_cache.generate([5] * n_prompt, params, golden["hparams"]["n_head"], 20, "jax")
-    kv_cache.compiled.cache_clear()
-    assert sorted(traced) == [(1,), (16,), (32,), (64,)], "the first serves both a prompt of one token and decoding"
+    assert sorted(n for n, _ in traced) == [1, 16, 32, 64], "the first serves both a prompt of one token and decoding"
 
 
 def test_jax_traces_one_block_for_all(golden, monkeypatch):
     """Tracing is Python, and costs a start 0.1 s where each of twelve blocks is traced."""
     traced, block = [], kv_cache.transformer_block
     monkeypatch.setattr(kv_cache, "transformer_block", lambda *a, **k: traced.append(a[0].shape) or block(*a, **k))
-    kv_cache.compiled.cache_clear()
+    kv_cache.forward_on.cache_clear()
     kv_cache.generate([5] * 9, golden["params"], golden["hparams"]["n_head"], 3, "jax")
-    kv_cache.compiled.cache_clear()
+    kv_cache.forward_on.cache_clear()
     assert golden["hparams"]["n_layer"] > 1
     assert [n_seq for n_seq, _ in traced] == [16, 1], "one for the prompt, one for each token after it"
 
 
-def test_larger_models_have_a_set_of_programs_for_each_cache_size(monkeypatch):
+def test_larger_models_have_a_set_of_programs_for_each_cache_size(traced):
     """Caches have 64, 128, 256, 512, 768 or 1024 positions: to read 1024 for each token of a short text costs more."""
-    traced, forward = [], kv_cache.forward
-    monkeypatch.setattr(
-        kv_cache, "forward", lambda *a, **k: traced.append((len(a[1]), a[2][0][0].shape[-1])) or forward(*a, **k)
-    )
-    kv_cache.compiled.cache_clear()
     params = backends.get("jax").asarray(random_params(n_ctx=1024, n_layer=1))
     for n_prompt in range(5, 1000, 34):
         kv_cache.generate([5] * n_prompt, params, 2, 4, "jax")
-    kv_cache.compiled.cache_clear()
     assert len(traced) == len(set(traced))
     assert {n_cache for _, n_cache in traced} == {64, 128, 256, 512, 768, 1024}
     assert {n for n, _ in traced} == {1, 16, 64, 128, 256, 512, 768, 1024}
