@@ -41,7 +41,6 @@ from jax.sharding import PartitionSpec as P
 from backends import jax_backend, parts
 
 AXES = ("data", "fsdp", "model")  # neighbours, which have the fastest connections, are along the last one
-BATCH = ("data", "fsdp")  # both divide the rows of a batch
 
 # How "model" cuts a parameter. One that is not here is whole on each device.
 CUTS = {
@@ -116,6 +115,7 @@ class Backend:
     def __init__(self, mesh, params, hparams):
         self.mesh, self.N_MODEL = mesh, mesh.shape["model"]
         self.N_DATA = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.batch = tuple(name for name in ("data", "fsdp") if mesh.shape[name] > 1)  # what divides rows
         n_head = hparams.get("n_head_kv", hparams["n_head"])  # of which n_head is a multiple
         if n_head % self.N_MODEL:
             raise ValueError(f"--mesh model={self.N_MODEL} does not divide the {n_head} heads: {divisors(n_head)}")
@@ -131,8 +131,7 @@ class Backend:
 
     def find_cut(self, name, shape):
         """The Cut of a parameter. fsdp cuts the longest axis that it divides and that model does not cut."""
-        kind = next((kind for pattern, kind in CUTS.items() if fnmatch.fnmatch(name, pattern)), "whole")
-        kind = kind if self.N_MODEL > 1 else "whole"
+        kind = next((k for pattern, k in CUTS.items() if self.N_MODEL > 1 and fnmatch.fnmatch(name, pattern)), "whole")
         model = {"whole": None, "rows": 0, "table": 0}.get(kind, len(shape) - 1)
         if kind in ("rows", "columns") and shape[model] % self.N_MODEL:
             raise ValueError(f"--mesh model={self.N_MODEL} does not divide the {shape[model]} {kind} of {name}")
@@ -175,7 +174,8 @@ class Backend:
 
     def rows(self, read, shape):
         """A batch of `shape`, cut by rows. read(a slice) returns these rows; a process reads those of its devices."""
-        return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P(BATCH)), lambda place: read(place[0]))
+        sharding = NamedSharding(self.mesh, P(self.batch))
+        return jax.make_array_from_callback(shape, sharding, lambda place: read(place[0]))
 
     # ---- Functions of all devices ----
 
@@ -194,7 +194,7 @@ class Backend:
 
         def on_all(params, rows, *others):
             specs, *more = (self.specs(tree) for tree in (params, *others))
-            places = {"in_specs": (specs, P(BATCH), *more), "out_specs": (P(), specs) if mean else P(BATCH)}
+            places = {"in_specs": (specs, P(self.batch), *more), "out_specs": (P(), specs) if mean else P(self.batch)}
             return jax.shard_map(on_each, mesh=self.mesh, **places)(params, rows, *others)
 
         return on_all
@@ -205,7 +205,7 @@ class Backend:
     def same_along(self, name):
         """The axes that divide rows, along which a parameter is the same. (The gradient of a part that fsdp has cut is
         the sum along fsdp already: see Part.gathered.)"""
-        return BATCH if self.cut_of(name).fsdp is None else ("data",)
+        return tuple(axis for axis in self.batch if axis == "data" or self.cut_of(name).fsdp is None)
 
     def value_and_grad(self, f):
         """jax_backend.value_and_grad, inside over_devices. What fsdp has gathered is not kept for the backward pass,

@@ -28,6 +28,7 @@ from inference import batching, model  # noqa: E402
 from inference.generate import Sequence  # noqa: E402
 from training import data, optimizer, step  # noqa: E402
 from training.model import forward_of  # noqa: E402
+from variants import llama  # noqa: E402
 from weights.params import cast, flatten, tree_map  # noqa: E402
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -98,15 +99,26 @@ def difference(path, a, b):
     return float(np.abs(a - b).max() / np.abs(a).max())
 
 
-def infer(folder, mesh):
+def load(source, mesh):
+    """(tokenizer, Model) of a folder; (None, Model) of one without a tokenizer, or of hparams, with random params."""
+    if isinstance(source, str) and utils.has_tokenizer(Path(source)):
+        return model.load(source, backend="jax", mesh=mesh)
+    _, hparams, params = llama.load(source) if isinstance(source, str) else (0, source, step.init_params(source, 0))
+    if mesh:
+        m = model.make_model(params, hparams, backends.get("numpy"))
+        return None, sharding.spread(m, model.module_of(hparams).forward, sharding.make_mesh(mesh))
+    return None, model.make_model(backends.get("jax").prepare(params), hparams, backends.get("jax"))
+
+
+def infer(source, mesh):
     """Logits after a prompt and after one more token, greedy ids of one text, those of three texts at once."""
-    tokenizer, m = model.load(folder, backend="jax", mesh=mesh)
+    tokenizer, m = load(source, mesh)
     prompt = [i % m.n_vocab for i in range(3, 19)]
     cache = model.init_cache(m, 30)
     program = m.forward.lower(m.params, np.array(prompt, np.int32), cache, 0, len(prompt) - 1).compile()
     first, cache = model.step(m, prompt, cache, 0)
     second, cache = model.step(m, [7], cache, len(prompt))
-    batch = [Sequence(tokenizer, prompt[: 5 + i], 6) for i in range(3)]
+    batch = [Sequence(tokenizer, prompt[: 5 + i], 6) for i in range(3 if tokenizer else 0)]
     batching.generate_batch(m, batch)
     ids = [list(model.greedy(m, prompt, 8)), *(sequence.new_ids for sequence in batch)]
     n_head = cache[0][0].addressable_shards[0].data.shape[0]
@@ -115,12 +127,12 @@ def infer(folder, mesh):
 
 def compare_inference(task):
     results = {}
-    for folder in task["folders"]:
-        logits, ids, _ = infer(folder, "")
+    for name, source in task["models"].items():
+        logits, ids, _ = infer(source, "")
         for mesh in task["meshes"]:
-            found_logits, found_ids, found = infer(folder, mesh)
+            found_logits, found_ids, found = infer(source, mesh)
             found["logits"] = float(np.abs(found_logits - logits).max())
-            results[f"{folder} {mesh}"] = found | {"same ids": found_ids == ids}
+            results[f"{name} {mesh}"] = found | {"same ids": found_ids == ids}
     return results
 
 

@@ -18,7 +18,8 @@ from conftest import GOLDEN, ROOT, STORIES, oracle, random_params
 
 from backends import processes
 from training import data, saves, train
-from weights.params import leaf_name, param_shapes
+from training.model import llama_hparams
+from weights.params import leaf_name, param_shapes, shapes_of
 
 jax = oracle("jax")
 sharding = pytest.importorskip("backends.sharding")
@@ -26,6 +27,7 @@ sharding = pytest.importorskip("backends.sharding")
 P = jax.sharding.PartitionSpec
 HPARAMS = {"n_vocab": 101, "n_ctx": 8, "n_embd": 24, "n_head": 6, "n_layer": 1}
 SHORT = {"model": "", "hparams": HPARAMS, "n_steps": 2, "batch_size": 8, "n_ctx": 8}
+LLAMAS = ("tied_gqa", "untied_mha")
 MESHES = ["data=8", "fsdp=8", "model=2", "model=3", "model=6", "data=2,model=2"]
 
 
@@ -40,7 +42,7 @@ def on_devices(*tasks, n_devices=8):
 @pytest.fixture(scope="module")
 def results():
     training = SHORT | {"do": "train", "dtype": "float64", "meshes": ["data=2", "data=2,fsdp=2,model=2"]}
-    return on_devices(training, {"do": "infer", "folders": [str(GOLDEN)], "meshes": ["data=2,model=2"]})
+    return on_devices(training, {"do": "infer", "models": {"golden": str(GOLDEN)}, "meshes": ["data=2,model=2"]})
 
 
 # ---- Training and inference, on many devices and on one ----
@@ -99,6 +101,17 @@ def test_tensor_parallelism_is_that_of_megatron():
         f"{block}.mlp.c_fc.b": P("model"),
         f"{block}.mlp.c_proj.w": P("model"),
     }
+
+
+def test_a_llama_is_cut_alike():
+    hparams = llama_hparams(n_vocab=50, n_ctx=8, n_embd=24, n_head=6, n_layer=1, n_head_kv=2) | {"tied": False}
+    block, columns = "blocks.0", P(None, "model")
+    expected = {"wte": P("model"), "lm_head": P("model"), f"{block}.attn.c_proj.w": P("model")}
+    expected |= {f"{block}.attn.c_{name}.w": columns for name in "qkv"} | {f"{block}.mlp.c_down.w": P("model")}
+    expected |= {f"{block}.mlp.c_{name}.w": columns for name in ("gate", "up")}
+    assert specs({leaf_name(path): shape for path, shape in shapes_of(hparams).items()}, model=2) == expected
+    with pytest.raises(ValueError, match=r"model=4 does not divide the 2 heads: choose 1, 2$"):
+        sharding.Backend(SimpleNamespace(shape={"data": 1, "fsdp": 1, "model": 4}), {}, hparams)
 
 
 def test_fsdp_cuts_the_longest_axis_that_it_divides():
@@ -363,3 +376,38 @@ def test_the_embedded_model_trains_alike_on_every_mesh(dtype, n_steps, bar):
         assert one["share"] <= 1.05 / n
         assert one["loss"] <= bar
         assert dtype == "float32" or one["params"] <= bar
+
+
+@pytest.mark.trial
+def test_a_llama_trains_alike_on_every_mesh():
+    hparams = llama_hparams(n_vocab=101, n_ctx=16, n_embd=48, n_head=6, n_layer=2, n_head_kv=2)
+    task = {
+        "do": "train",
+        "model": "",
+        "hparams": hparams,
+        "dtype": "float64",
+        "n_steps": 10,
+        "batch_size": 8,
+        "n_ctx": 16,
+    }
+    for mesh, one in on_devices(task | {"meshes": ["fsdp=4", "data=2,fsdp=2,model=2"]})[0].items():
+        assert one["loss"] <= 1e-9, mesh
+        assert one["params"] <= 1e-9, mesh
+
+
+@pytest.mark.trial
+def test_every_model_answers_alike_on_every_mesh():
+    wide = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1600, "n_head": 25, "n_layer": 2}  # 1558M with 2 of 48 blocks
+    llamas = {name: str(ROOT / "tests" / "golden" / "llama_random" / name) for name in LLAMAS}
+    tasks = [
+        {"do": "infer", "models": {"golden": str(GOLDEN)}, "meshes": ["model=2", "data=2,model=2"]},
+        {"do": "infer", "models": llamas, "meshes": ["model=2"]},
+        {"do": "infer", "models": {"1558M-shaped": wide}, "meshes": ["model=5"]},
+    ]
+    for results in on_devices(*tasks, n_devices=20):
+        for name, found in results.items():
+            print(name, found)
+            assert found["logits"] <= 2e-5, name
+            assert found["same ids"], name
+            n_layer = 2 if "1558M" in name else 3
+            assert found["collectives"] == {"all-reduce": 2 * n_layer + 1, "all-gather": 1}, name

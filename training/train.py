@@ -194,9 +194,8 @@ class Run:
         """Takes the steps that are left, or stops earlier by --patience."""
         from tqdm import tqdm
 
-        s, patience = self.settings, self.settings.patience or math.inf
-        settings = {"total": s.n_steps, "initial": self.counters["step"], "unit": "step"}
-        with tqdm(**settings, disable=None if self.is_first else True) as bar:  # None: unless stderr is a terminal
+        s, n_done, patience = self.settings, self.counters["step"], self.settings.patience or math.inf
+        with tqdm(total=s.n_steps, initial=n_done, unit="step", disable=not self.is_first or None) as bar:
             while self.counters["step"] < s.n_steps and self.counters["n_worse"] < patience:
                 loss = self.take_step()
                 n_tokens = s.batch_size * self.hparams["n_ctx"]
