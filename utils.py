@@ -27,11 +27,11 @@ from typing import NamedTuple
 from encoder import END_OF_TEXT, get_encoder
 from weights import gguf, hub, huggingface, tensorflow
 from weights.download import BASE_URL, DATA, INDEX, SHA256, TF_FILES, download_gpt2_files
-from weights.files import read_json, replacing, write_text
+from weights.files import read_json, read_text, replacing, write_text
 from weights.huggingface import hf_tensors, load_gpt2_params_from_hf, load_llama_params_from_hf, write_tensors
 from weights.params import architecture
 from weights.tensorflow import load_gpt2_params_from_tf_ckpt, save_gpt2_params_to_tf_ckpt
-from weights.tokenizer import tokenizer_texts
+from weights.tokenizer import tokenizer_json, tokenizer_texts
 
 __all__ = ["BASE_URL", "DATA", "INDEX", "SHA256", "TF_FILES", "download_gpt2_files", "load_gpt2_params_from_tf_ckpt"]
 
@@ -217,9 +217,12 @@ def layouts_of(hparams):
 
 def save_tokenizer(source, folder, layouts=LAYOUTS):
     """Writes the tokenizer of the folder `source` as the two files of each layout: unchanged if the source has them,
-    else made from its tokenizer.json. Raises OSError if one is missing or damaged."""
+    else made from its tokenizer.json. One that is not GPT-2's is written as a tokenizer.json. Raises OSError if a file
+    is missing or damaged, ValueError for OpenAI's layout of a tokenizer that is not GPT-2's."""
     source, names = Path(source), {"hf": ("vocab.json", "merges.txt"), "tf": ("encoder.json", "vocab.bpe")}
     encoder = get_encoder(source.name, source.parent)
+    if encoder.splitting != "gpt-2":
+        return save_other_tokenizer(source, encoder, Path(folder), layouts)
     data = [text.encode() for text in tokenizer_texts(encoder.ids, encoder.ranks)]
     for vocabulary, merges in names.values():
         if (source / vocabulary).exists() and read_json(source / vocabulary) == encoder.ids:
@@ -230,6 +233,17 @@ def save_tokenizer(source, folder, layouts=LAYOUTS):
             with replacing(Path(folder, name)) as part:
                 part.write_bytes(content)
     get_encoder(Path(folder).name, Path(folder).parent)  # what was written can be read
+
+
+def save_other_tokenizer(source, encoder, folder, layouts):
+    """save_tokenizer for one that is not GPT-2's: as the source's tokenizer.json, or as one made from a GGUF file."""
+    if "tf" in layouts:
+        raise ValueError(f"{source}: its tokenizer is not GPT-2's, so OpenAI's layout has no place for it")
+    if not (source / "tokenizer.json").exists():
+        write_text(folder / "tokenizer.json", tokenizer_json(encoder.ids, encoder.ranks, encoder.special))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (source / name).exists():
+            write_text(folder / name, read_text(source / name))
 
 
 def save_model(folder, hparams, params, layouts=LAYOUTS, name="model.ckpt", ending=None):

@@ -147,10 +147,10 @@ def repeat(x, n_batch):
 
 
 def ndim(x):
-    """The number of axes that f sees."""
+    """The number of axes that f sees; 0 for a number, and for a dtype (numpy.float32.ndim is no number)."""
     if isinstance(x, Rows):
         return x.array.ndim - 1
-    return 0 if isinstance(x, (int, float)) else numpy.ndim(x)
+    return 0 if isinstance(x, (int, float, type)) else numpy.ndim(x)
 
 
 def align(x, n):
@@ -280,7 +280,7 @@ RULES = {
     **dict.fromkeys(ELEMENTWISE.split(), elementwise),
     **dict.fromkeys(["sum", "max", "min", "any", "all", "flip"], along),
     **dict.fromkeys(["argmax", "argmin", "cumsum"], along_one),
-    **dict.fromkeys(["sort", "argsort"], lambda f, x, axis=-1: along_one(f, x, axis)),
+    **dict.fromkeys(["sort", "argsort"], lambda f, x, axis=-1, **kwargs: along_one(f, x, axis, **kwargs)),
     **dict.fromkeys(["isin", "searchsorted"], row_by_row),
     **{rule.__name__: rule for rule in (reshape, swapaxes, transpose, broadcast_to, concatenate, matmul)},
     **{rule.__name__: rule for rule in (getitem, scatter, update)},

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))  # so that `python docs/pictures.py` finds the mod
 
 import gpt2  # noqa: E402
 import utils  # noqa: E402
+from variants import llama  # noqa: E402
 from weights.params import param_shapes  # noqa: E402
 
 BLUE, ORANGE, GREEN, RED, GRAY, PALE = "#9ecae1", "#fdbe85", "#a8ddb5", "#e34a33", "#969696", "#f0f0f0"
@@ -269,7 +270,78 @@ def costs():
     return figure
 
 
-PICTURES = (model, residual, mask, heads, cache, coin, costs)
+def rotary():
+    """Two pairs of numbers that turn with the position, and the score of a query and an equal key by distance."""
+    config = {"d_head": 4, "rope_base": 100.0, "rope_scaling": None}
+    figure, panels = plt.subplots(1, 3, figsize=(8, 3), layout="constrained", width_ratios=(1, 1, 1.5))
+    x = np.array([[1.0, 1.0, 0.0, 0.0]])  # the points (1, 0) and (1, 0)
+    turned = llama.rotary(np.repeat(x, 7, axis=0), *llama.rotations(np.arange(7), 7, config, x.dtype))
+    for i, (axes, colour, speed) in enumerate(zip(panels, (ORANGE, BLUE), ("fast", "slow"), strict=False)):
+        axes.add_patch(plt.Circle((0, 0), 1, fill=False, color=GRAY, lw=0.7))
+        for position, point in enumerate(turned[:, [i, i + 2]]):
+            arrow(axes, (0, 0), point, colour, 2)
+            axes.text(*(1.2 * point), position, ha="center", va="center")
+        axes.set(xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal", title=f"a {speed} pair")
+        axes.axis("off")
+    wide = {"d_head": 64, "rope_base": 10000.0, "rope_scaling": None}
+    ones = np.ones((200, 64))
+    keys = llama.rotary(ones, *llama.rotations(np.arange(200), 200, wide, ones.dtype))
+    panels[2].plot(keys @ keys[0] / 64, color=RED)
+    panels[2].set(xlabel="distance in tokens", ylabel="q·k / d_head", title="q = k, 32 pairs")
+    panels[2].spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def lora():
+    """LoRA: a frozen matrix w, and beside it two small ones whose product is added to it."""
+    figure, axes = canvas(100, 42)
+    axes.text(7, 24, "x\n[n_seq, n_in]", ha="center", va="center", weight="bold")
+    parts = (
+        ((20, 12, 26, 24), BLUE, "w  [n_in, n_out]\nfrozen: no gradient,\nno averages"),
+        ((57, 12, 6, 24), ORANGE, "a"),
+        ((68, 27, 22, 6), ORANGE, "b  [rank, n_out]"),
+    )
+    for (x, y, width, height), colour, text in parts:
+        axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="#333333"))
+        axes.text(x + width / 2, y + height / 2, text, ha="center", va="center")
+    axes.text(60, 9, "[n_in, rank]", ha="center", va="center")
+    axes.text(51.5, 24, "+ scale *", ha="center", va="center", fontsize=12)
+    axes.text(65.5, 30, "@", ha="center", va="center", fontsize=12)
+    axes.text(16, 24, "@  (", ha="center", va="center", fontsize=12)
+    axes.text(93, 24, ")", ha="center", va="center", fontsize=12)
+    axes.text(79, 20, "trained; starts at 0, so that\nthe product a @ b is 0", ha="center", va="center", fontsize=10)
+    axes.text(60, 40, "trained; starts random", ha="center", va="center", fontsize=10)
+    return figure
+
+
+def answer():
+    """Instruction tuning: the tokens whose predictions count."""
+    encoder = utils.load_encoder_hparams_and_params("3M")[0]
+    prompt = [encoder.decode([i]) for i in encoder.encode("### Response:\n")]
+    words = ["...", *prompt, *(encoder.decode([i]) for i in encoder.encode("red and blue")), "<|endoftext|>"]
+    n_answer = len(words) - 1 - len(prompt)
+    figure, axes = canvas(100, 24)
+    widths = [2.4 + 1.45 * len(repr(word)) for word in words]
+    x, scale = 2.0, 96 / sum(widths)
+    for i, (word, width) in enumerate(zip(words, widths, strict=True)):
+        colour = GREEN if i >= len(words) - n_answer else PALE
+        axes.add_patch(Rectangle((x, 10), width * scale, 7, facecolor=colour, edgecolor="white", lw=2))
+        axes.text(x + width * scale / 2, 13.5, repr(word)[1:-1], ha="center", va="center", fontsize=9)
+        x += width * scale
+    axes.text(2, 20.5, "the prompt: seen, but not counted", ha="left", va="center", color=GRAY)
+    axes.text(98, 20.5, "the answer and its end: the loss", ha="right", va="center", color="#238b45", weight="bold")
+    axes.text(
+        50,
+        5,
+        "padding up to the longest text of the batch follows, and counts nothing",
+        ha="center",
+        va="center",
+        color=GRAY,
+    )
+    return figure
+
+
+PICTURES = (model, residual, mask, heads, cache, coin, costs, rotary, lora, answer)
 
 
 def main(folder=ROOT / "docs" / "pictures"):

@@ -76,9 +76,9 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_siz
         draft: lookup: guess tokens from the text itself and check several at once: faster, the same text
         draft_model: a smaller model with the same tokenizer, such as 124M beside 1558M, that guesses tokens
         json: a JSON object a line: prompt, text, token_ids, log_probabilities (score), stop_reason, seconds
+        trace: show this many candidates for each token on stderr, up to 20; 0: off
         chat: the prompt is a message, and the model answers; without one, on a terminal, it is a conversation
         system: with --chat: what the model is to know or to do in all answers
-        trace: show this many candidates for each token on stderr, up to 20; 0: off
         adapter: a folder with a LoRA for this model, made by training.finetune or by peft
         mesh: how JAX's devices divide the model and the batch, such as data=2,model=4; left out: one device
     """
@@ -99,10 +99,8 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_siz
         start = chats.Conversation(model, tokenizer, flags.template, system)
         return chats.converse(start, functools.partial(make_answer, flags, tokenizer, model))
     sequences = make_sequences(flags, tokenizer, model, prompts)
-    flags.drafter = speculative.Lookup() if draft else None
-    if draft_model:
-        settings = {"models_dir": models_dir, "base_url": base_url, "backend": backend, "dtype": dtype}
-        flags.drafter = speculative.load_draft_model(draft_model, tokenizer, model, seed, **settings)
+    of_draft = tokenizer, model, seed, draft_model, models_dir, base_url, backend, dtype
+    flags.drafter = speculative.load_draft_model(*of_draft) if draft_model else speculative.Lookup() if draft else None
     if not chat and any(prompt.endswith(" ") for prompt in prompts):
         print("hint: a prompt ends in a space, which belongs to the next token: leave it out", file=sys.stderr)
     if backend != "numpy":

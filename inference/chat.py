@@ -28,7 +28,7 @@ import cli
 from backends import update
 from encoder import replace_lone_surrogates
 from inference.model import init_cache, n_positions, step
-from weights.files import read_json, read_text
+from weights.files import read_json, read_text, write_text
 from weights.gguf import read_header
 from weights.params import tree_map
 from weights.tokenizer import END_OF_TEXT, split_special
@@ -112,6 +112,15 @@ def read_template(folder):
     tokens = {name: token for name, token in config.items() if name.endswith("_token")}
     tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
     return text, {name: token for name, token in tokens.items() if isinstance(token, str)}
+
+
+def save_template(path, folder):
+    """Writes the chat template of a model, if it has one, and its special tokens into a model folder."""
+    text, names = read_gguf_template(path) if path.suffix == ".gguf" else read_template(path)
+    if text is not None:
+        write_text(folder / "chat_template.jinja", text)
+        config = folder / "tokenizer_config.json"
+        write_text(config, json.dumps((read_json(config) if config.exists() else {}) | names, indent=1) + "\n")
 
 
 def compile_template(path, text):

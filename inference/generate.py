@@ -29,6 +29,9 @@ class Sequence:
     log_probabilities   of the new tokens by the model (natural logarithms, before any processor), or None if not kept
     """
 
+    n_slots = 1  # of a Batch; a beam search has more
+    needs_prompt_logits = False  # whether a Batch is to call accept_prompt
+
     def __init__(self, tokenizer, inputs, n_tokens_to_generate, sampling_params=sampling.GREEDY, *, end_ids=(), stop=(),
                  seed=None, keep_log_probabilities=False, adapter=None):  # fmt: skip
         self.tokenizer, self.ids, self.new_ids = tokenizer, list(inputs), []
@@ -56,6 +59,10 @@ class Sequence:
         if len(self.new_ids) == self.n_tokens_to_generate:
             self.finish_reason = "length"
         return self._show(self.tokenizer.token_bytes(self.chosen), final=self.finish_reason is not None)
+
+    def newest(self):
+        """The id that the next model step reads, as a list."""
+        return self.ids[-1:]
 
     def _coin(self):
         """A number that is uniform in [0, 1), the next of the seed's. Greedy decoding needs none."""

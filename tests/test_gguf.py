@@ -16,6 +16,7 @@ import utils
 from inference import batching
 from inference import model as models
 from inference.generate import Sequence
+from tools import models as tools
 from weights import gguf, hub
 from weights.params import flatten
 
@@ -199,6 +200,26 @@ def test_without_the_package_one_line_says_how_to_install_it(tiny, monkeypatch, 
     status, out, err = command("Once", "--model_size", str(tiny[0]))
     assert (status, out) == (2, "")
     assert err.endswith("needs the package gguf: python3 -m pip install gguf\n")
+
+
+def test_a_gguf_file_becomes_a_folder_that_loads_and_speaks_the_same(tiny, tmp_path, command):
+    path, params = tiny
+    arguments = ["Why 12?", "--chat", "--n_tokens_to_generate", "5", "--model_size"]
+    expected = command(*arguments, str(path))[:2]
+    assert command(str(path), str(tmp_path / "out"), "--layout", "hf", main=tools.convert)[0] == 0
+    assert command(*arguments, str(tmp_path / "out"))[:2] == expected
+    tokenizer, _, found = utils.load_encoder_hparams_and_params(str(tmp_path / "out"))
+    assert (tokenizer.special, tokenizer.splitting) == (SPECIAL, "smollm")
+    assert all(np.array_equal(array, flatten(params)[place]) for place, array in flatten(found).items())
+    status, out, err = command(str(path), str(tmp_path / "tf"), "--layout", "tf", main=tools.convert)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert command(str(path), main=tools.verify)[:2] == (0, f"{path}: whole and sound\n")
+    tokenizers = oracle("tokenizers")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    for text in ("Once upon  12a  3b", "<|im_end|> é\n\n 7", ""):
+        assert theirs.encode(text).ids == tokenizer.encode(text)
+        assert theirs.decode(theirs.encode(text).ids) == text
 
 
 # ---- SmolLM2 ----

@@ -81,6 +81,10 @@ def test_budgets_hold(name):
     assert {f: n for f, n in functions(FILES[name]).items() if n > limit} == {}
 
 
+def test_the_server_is_small():
+    assert sum(len(code_lines(code)) for name, code in FILES.items() if name.startswith("serving/")) <= 300
+
+
 def test_the_documents_state_these_budgets():
     """In a table, a row for each: | [gpt2.py](gpt2.py) | 90 | ... |"""
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))]

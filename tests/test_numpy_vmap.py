@@ -11,7 +11,7 @@ from random_functions import random_batch, random_function
 import backends
 import gpt2
 from backends import np, update
-from inference import batching, sampling
+from inference import batching, sampling, slot_caches
 from inference.model import init_cache
 from weights.params import tree_map
 
@@ -85,7 +85,7 @@ def test_cached_rows_at_their_own_positions(dtype, tolerance):
     params = cast(random_params(n_ctx=10), dtype)
     model = model_of(params, 2)
     texts = [rng.integers(0, 11, n).tolist() for n in (2, 5, 3)]
-    tokens, position, cache = [text[:] for text in texts], [0, 0, 0], batching.repeat(init_cache(model, 10), 3)
+    tokens, position, cache = [text[:] for text in texts], [0, 0, 0], slot_caches.repeat(init_cache(model, 10), 3)
     for _ in range(3):
         logits, cache = batching.step_batch(model, tokens, cache, position)
         for i, text in enumerate(texts):

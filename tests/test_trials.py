@@ -117,7 +117,7 @@ DAMAGES = (flip, truncate, cut_at_a_line, swap, insert, remove, overwrite, edit_
 def damage(folder, rng):
     """Changes a file of the folder. Returns (its name, what was done)."""
     path = rng.choice(sorted(path for path in folder.iterdir() if path.is_file()))
-    how = rng.choice([*DAMAGES, "delete", "replace"])
+    how = rng.choice([*DAMAGES, "delete", "replace"][: -2 if path.suffix == ".gguf" else None])
     if how == "delete":
         path.unlink()
     elif how == "replace":
@@ -132,11 +132,15 @@ def damage(folder, rng):
 
 
 def make_folders(parent):
-    """A folder in OpenAI's layout, and two in Hugging Face's: an older one, and one as transformers 5 writes it."""
+    """A folder in OpenAI's layout, two in Hugging Face's (an older one, and one as transformers 5 writes it), and one
+    with a GGUF file."""
     for name, source in (("tf", GOLDEN), ("older", GOLDEN / "hf"), ("newer", GOLDEN / "hf")):
         shutil.copytree(source, parent / name, ignore=shutil.ignore_patterns("golden*", "hf"))
     from test_huggingface import split_into_shards, write_tokenizer_json
+    from tiny_gguf import write_gguf
 
+    (parent / "gguf").mkdir()
+    write_gguf(parent / "gguf" / "tiny.gguf", kind="Q4_1")
     write_tokenizer_json(parent / "newer")
     split_into_shards(parent / "newer")
 
@@ -199,29 +203,32 @@ def what_is_wrong(status, out, err, seconds, n_bytes, file, is_verify, sound):
     return None
 
 
+def model_of(folder):
+    """What --model_size names: the folder, or the GGUF file in it."""
+    return str(next(folder.glob("*.gguf"), folder))
+
+
 def trial(n, seed):
     """Yields (case, what is wrong with it or None)."""
     from inference.__main__ import main as front_door
     from tools.models import verify
 
-    for name in ("fire", "google_crc32c", "safetensors", "safetensors.numpy", "tqdm"):
+    for name in ("fire", "google_crc32c", "safetensors", "safetensors.numpy", "tqdm", "gguf", "tokenizers"):
         __import__(name)
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         make_folders(place)
         arguments = ["Once upon a time", "--n_tokens_to_generate", "12", "--model_size"]
-        sound = {
-            name: run(front_door, [*arguments, str(place / name)], place / name) for name in ("tf", "older", "newer")
-        }
+        kinds = ("tf", "older", "gguf", "newer")
+        sound = {name: run(front_door, [*arguments, model_of(place / name)], place / name) for name in kinds}
         for i in range(n):
-            kind = ("tf", "older", "tf", "newer")[i % 4]
+            kind = kinds[i % 4]
             folder = shutil.copytree(place / kind, place / "damaged")
             file, how = damage(folder, rng)
             is_verify = rng.random() < 0.25
-            done = run(
-                verify if is_verify else front_door, [str(folder)] if is_verify else [*arguments, str(folder)], folder
-            )
+            words = [model_of(folder)] if is_verify else [*arguments, model_of(folder)]
+            done = run(verify if is_verify else front_door, words, folder)
             wrong = what_is_wrong(*done, file, is_verify, sound[kind][1])
             if sound[kind][0] != 0:
                 wrong = "the undamaged folder"

@@ -20,7 +20,7 @@ import numpy as np
 
 import backends
 import gpt2
-from inference import batching
+from inference import batching, slot_caches
 from inference.model import greedy, init_cache, make_model
 from weights.huggingface import hf_config, hf_name
 from weights.params import flatten
@@ -60,7 +60,7 @@ class Ours:
         return timed(lambda: self.backend.to_numpy(self.model.forward(self.model.params, tokens, cache, 0)[0][-1, 0]))
 
     def batch(self, n_rows):
-        cache = batching.init_caches(self.model, n_rows, N_BATCH_PROMPT + N_BATCH_DECODE + 1)
+        cache = slot_caches.init_caches(self.model, n_rows, N_BATCH_PROMPT + N_BATCH_DECODE + 1)
         tokens, position = [prompt(self.hparams, N_BATCH_PROMPT)] * n_rows, 0
         for n_done in range(1 + N_BATCH_DECODE):
             logits, cache = batching.step_batch(self.model, tokens, cache, [position] * n_rows)

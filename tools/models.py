@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cli
 import utils
+from inference import chat
 from weights.download import SHA256, digest
 from weights.files import locked, new_folder
 from weights.params import architecture, not_finite
@@ -36,7 +37,7 @@ def problems(folder, sha256):
         for name, expected in sha256.items():
             if (folder / name).exists() and digest(folder / name, "sha256").hex() != expected:
                 yield f"{folder / name}: not OpenAI's file, its SHA-256 should be {expected}"
-        if not utils.is_hf_folder(folder):
+        if folder.is_dir() and not utils.is_hf_folder(folder):
             prefix = latest_checkpoint(folder / "checkpoint")
             lines = list(file_damages(f"{prefix}.index", f"{prefix}.data-00000-of-00001"))
             yield from lines
@@ -71,6 +72,7 @@ def convert(model: str = "", out: str = "", *, layout: str = "", models_dir: str
         raise ValueError(f"{source} has numbers of {params['wte'].dtype}: OpenAI's layout holds float32 alone")
     with locked(out), new_folder(Path(out)) as part:
         utils.save_tokenizer(source, part, [layout])
+        chat.save_template(source, part)
         ending = utils.read_ending(source, encoder, hparams)
         utils.save_model(part, hparams, params, [layout], ending=ending)
     print(f"{out}: {model} in the layout {layout}")

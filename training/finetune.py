@@ -110,8 +110,14 @@ def report_data(parts, labels, n_cut, n_ctx):
     known = {text for _, text in parts["train"]}
     if n_copies := sum(text in known for _, text in parts["test"]):
         print(f"{n_copies} texts of test are in train too, word for word", file=sys.stderr)
-    if n_cut:
-        print(f"{n_cut} texts are longer than {n_ctx} tokens: only their ends are used", file=sys.stderr)
+    report_cut(n_cut, "text", n_ctx)
+
+
+def report_cut(n, what, n_ctx):
+    """Prints how many texts or examples have lost their beginnings, if any have."""
+    if n:
+        are = " is" if n == 1 else "s are"
+        print(f"{n} {what}{are} longer than {n_ctx} tokens: only the last {n_ctx} are used", file=sys.stderr)
 
 
 def test(library, folder, parts, rows, best):
@@ -172,8 +178,7 @@ def instruct(data: str = "", *, model_size: str = "3M", out: str = "models/assis
     n_ctx = hparams["n_ctx"]
     rows, held_rows = ([instructions.tokenize(encoder, e, n_ctx) for e in part] for part in (examples, held_out))
     print(f"{len(examples):,} examples to train on, {len(held_out):,} held out", file=sys.stderr)
-    if n_cut := sum(cut for *_, cut in rows + held_rows):
-        print(f"{n_cut} examples are longer than {n_ctx} tokens: only their ends are used", file=sys.stderr)
+    report_cut(sum(cut for *_, cut in rows + held_rows), "example", n_ctx)
     added, scale = tuning.add_parameters(params, s)
 
     def save(trained, evaluation):
@@ -208,11 +213,11 @@ def predict(model: str = "", text: str = "", *, file: str = "", backend: str = "
     library, classifier = backends.get(backend), classifiers.load(utils.model_folder(model))
     library.setup()
     labels, texts = read_texts(file, classifier.labels) if file else ([], [text])
-    if not all(some.strip() for some in texts):
-        raise ValueError(f"{file or 'the text'}: an empty text has no label")
+    for i, some in enumerate(texts, 1):
+        if not some.strip():
+            raise ValueError(f"{f'{file}, line {i}: ' * bool(file)}an empty text has no label")
     rows, n_cut = classifiers.tokenize(classifier.encoder, texts, classifier.hparams["n_ctx"])
-    if n_cut:
-        print(f"{n_cut} texts are longer than the model's context: only their ends are used", file=sys.stderr)
+    report_cut(n_cut, "text", classifier.hparams["n_ctx"])
     answers = []
     for some, chances in zip(texts, softmax(classifiers.predict(library, classifier, rows)), strict=True):
         answers.append(classifier.labels[int(chances.argmax())])
@@ -238,5 +243,7 @@ def read_texts(file, known):
     return labels, texts
 
 
+COMMANDS = {"classify": classify, "predict": predict, "instruct": instruct}
+
 if __name__ == "__main__":
-    cli.run({"classify": classify, "predict": predict, "instruct": instruct}, "-m training.finetune")
+    cli.run(COMMANDS, "-m training.finetune")

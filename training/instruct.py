@@ -211,11 +211,7 @@ def report(examples, before, after, losses):
     yield f"Loss per token of the answers: {losses[0]:.4f} before, {losses[1]:.4f} after ({change:+.1%}).\n"
     for example, old, new in zip(examples, before, after, strict=True):
         yield f"## {example['instruction']}\n"
-        for name, text in (
-            ("Input", example.get("input", "")),
-            ("Before", old),
-            ("After", new),
-            ("Expected", example["output"]),
-        ):
+        texts = {"Input": example.get("input"), "Before": old or "(nothing)", "After": new or "(nothing)"}
+        for name, text in (texts | {"Expected": example["output"]}).items():
             if text:
                 yield f"**{name}:**\n\n" + "\n".join(f"> {line}" for line in text.splitlines()) + "\n"

@@ -42,16 +42,17 @@ LEAVES = ("lora_a", "lora_b")
 
 
 class LoRA(NamedTuple):
-    """Stands for the matrix w + a @ b in `x @ w`. x @ a has only `rank` numbers for each row, so it is computed first:
-    a @ b would be as large as w."""
+    """Stands for the matrix w + scale * a @ b in `x @ w`; scale is a number, or one for each column of a. x @ a has
+    only `rank` numbers for each row, so it is computed first: a @ b would be as large as w."""
 
     w: Any
     a: Any
     b: Any
+    scale: Any
     __array_ufunc__ = None  # NumPy's arrays then leave `x @ w` to __rmatmul__
 
     def __rmatmul__(self, x):
-        return x @ self.w + x @ self.a @ self.b
+        return x @ self.w + (x @ self.a * self.scale) @ self.b
 
 
 class Adapter(NamedTuple):
@@ -68,14 +69,14 @@ class Adapter(NamedTuple):
 
 
 def apply(params, scale=1.0):
-    """params with a LoRA or an Adapter as `w` wherever there are leaves of one; scale is alpha / rank."""
+    """params with a LoRA or an Adapter as `w` wherever there are leaves of one; scale is alpha / rank, see LoRA."""
     if isinstance(params, list):
         return [apply(part, scale) for part in params]
     if not isinstance(params, dict):
         return params
     parts = {key: part if key == "adapter" else apply(part, scale) for key, part in params.items()}
     if "lora_a" in parts:
-        parts["w"] = LoRA(parts["w"], parts.pop("lora_a"), scale * parts.pop("lora_b"))
+        parts["w"] = LoRA(parts["w"], parts.pop("lora_a"), parts.pop("lora_b"), scale)
     if "adapter" in parts:
         parts["w"] = Adapter(parts["w"], **parts.pop("adapter"))
     return parts
@@ -150,18 +151,29 @@ def lora_leaves(params, scale=1.0):
 
 
 def stack(adapters):
-    """[{name: array}, ...], each from lora_leaves -> {name: [1 + n_adapters, ...]}: entry 0 is zeros, no adapter.
-    Ranks and layers may differ: what an adapter lacks is 0, which adds nothing."""
-    shapes = {}
-    for name, array in (item for leaves in adapters for item in leaves.items()):
-        shapes[name] = numpy.maximum(shapes.get(name, 0), array.shape)
-    bank = {name: numpy.zeros((1 + len(adapters), *shape), numpy.float32) for name, shape in shapes.items()}
-    for i, leaves in enumerate(adapters, 1):
-        for name, array in leaves.items():
-            bank[name][(i, *map(slice, array.shape))] = array
-    return bank
+    """[{name: array}, ...], each from lora_leaves or load -> {"leaves": {name: array}, "owner": [n_columns]}: the
+    matrices of all adapters side by side, lora_a as [n_in, n_columns] and lora_b as [n_columns, n_out]. owner says
+    which adapter each column belongs to: 1 for the first one. An adapter with a lower rank than others, or without
+    some layer, has zeros there, which add nothing."""
+    shapes = {name: array.shape for leaves in adapters for name, array in leaves.items()}
+    rank = max((leaves[name].shape[-1] for leaves in adapters for name in leaves if name.endswith("lora_a")), default=0)
+    bank = {}
+    for name, (n_in, n_out) in shapes.items():
+        is_a = name.endswith("lora_a")
+        bank[name] = numpy.zeros((n_in, len(adapters) * rank) if is_a else (len(adapters) * rank, n_out), numpy.float32)
+        for i, array in ((i, leaves[name]) for i, leaves in enumerate(adapters) if name in leaves):
+            part = (bank[name] if is_a else bank[name].T)[:, i * rank : (i + 1) * rank]
+            part[:, : min(array.shape[1 if is_a else 0], rank)] = array if is_a else array.T
+    return {"leaves": bank, "owner": numpy.repeat(numpy.arange(1, len(adapters) + 1), rank)}
 
 
 def choose(params, bank, i):
-    """params with entry i of a bank, ready for a forward pass. Under vmap each row may have another i."""
-    return apply(from_names(named_leaves(params) | {k: leaf[i] for k, leaf in bank.items()})) if bank else params
+    """params with adapter i of a bank, 1 for the first, 0 for none, ready for a forward pass.
+
+    The columns of other adapters are multiplied by 0. So under vmap, where each row may have another i, all matrices
+    are the same for all rows: two products with x serve every row and every adapter.
+    """
+    if not bank["leaves"]:
+        return params
+    scale = (bank["owner"] == i).astype(next(iter(bank["leaves"].values())).dtype)
+    return apply(from_names(named_leaves(params) | bank["leaves"]), scale)

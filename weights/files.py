@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-MAX_SMALL = 2**23  # bytes: above the configuration and tokenizer of any GPT-2, below what takes long to parse
+MAX_SMALL = 2**25  # bytes: above the configuration and tokenizer of a model here, below what takes long to parse
 
 # ---- Reading ----
 

@@ -12,16 +12,18 @@ The file holds, all numbers little-endian, a text as its length (8 bytes) and it
     tensors           each a name, the sizes of its axes (the last axis first), its number type, where its data begins
     data              of one tensor after the other; each begins at a multiple of general.alignment, or of 32
 
-Quantization: neighbouring numbers of a row form a block, and a block has one scale. In a block of the type Q4_1 the 32
-numbers w are spread evenly over 16 steps, from the lowest one m in steps of d, so that 4 bits say which step is meant:
+Quantization: neighbouring numbers of a row form a block. The 32 numbers w of a block of the type Q4_1 are replaced by
+numbers that lie evenly between the lowest and the highest one, 16 of them, so that 4 bits say which one is meant:
 
-    w = d * q + m      with q from 0 to 15
+    w = d * q + m      q is a whole number from 0 to 15
 
-    d   float16, 2 bytes                     for the numbers -1.0, -0.8, -0.6, ... the block begins with
-    m   float16, 2 bytes                     d = 0.4133, m = -1.0 and q = 0, 0, 1, ...: the numbers that come back are
-    q   16 bytes; the low halves are         -1.0, -1.0, -0.5867, ... No error is larger than d / 2.
-        numbers 0 to 15, the high ones
-        16 to 31                             20 bytes for 32 numbers: 5 bits each, instead of 32
+    bytes 0 and 1      d, the step, a float16
+    bytes 2 and 3      m, the lowest number, a float16
+    bytes 4 to 19      q: the lower halves of the 16 bytes are those of numbers 0 to 15, the upper halves 16 to 31
+
+That is 20 bytes for 32 numbers, 5 bits each instead of 32. For 32 numbers that rise evenly from -1 to 1, d is 2 / 15 =
+0.1333 and m is -1. The second number, -0.9355, has q = 0 and comes back as -1; the third, -0.8710, has q = 1 and comes
+back as -0.8667. No error is larger than d / 2. docs/models.md has the code that prints this.
 
 The `gguf` package knows some thirty such types and undoes them (gguf.quants.dequantize). Its reader is not used: it
 makes three arrays of each text, which takes longer than everything else (there are 98,000 texts in the tokenizer of
@@ -240,7 +242,7 @@ def load_llama_params(path, config):
     def read(name):
         rows = map_part(path, data, tensors[name].offset, places[name].size).reshape(-1, places[name].row_size)
         order = orders.get(name.split(".")[-2])
-        return dequantize(rows if order is None else rows[order], places[name].kind, pool)
+        return dequantize(rows if order is None else rows[order], places[name].kind, tensors[name].shape[-1], pool)
 
     with ThreadPoolExecutor(2) as pool:
         places = locate(path, tensors, len(data))
@@ -286,19 +288,18 @@ def row_order(n_head, d_head):
     return rows.swapaxes(1, 2).ravel()
 
 
-def dequantize(rows, kind, pool):
-    """gguf.quants.dequantize for rows of bytes, in chunks and by the threads of `pool`, so that memory holds few
-    numbers twice. Raises NotImplementedError for a type that it does not undo."""
-    from gguf.quants import dequantize
+def dequantize(rows, kind, n_in, pool):
+    """gguf.quants.dequantize for rows of bytes, n_in numbers each, in chunks and by the threads of `pool`,
+    so that memory holds few numbers twice. Raises NotImplementedError for a type that it does not undo."""
+    import gguf
 
-    n = max(1, N_CHUNK // rows.shape[1])
-    if len(rows) <= n or kind.name == "F32":
-        return dequantize(rows, kind)
-    first = dequantize(rows[:n], kind)
-    numbers = np.empty((len(rows), first.shape[1]), np.float32)
+    if kind.name == "F32":
+        return rows.view(np.float32)
+    n, numbers = max(1, N_CHUNK // rows.shape[1]), np.empty((len(rows), n_in), np.float32)
 
     def convert(start):
-        numbers[start : start + n] = dequantize(rows[start : start + n], kind) if start else first
+        with np.errstate(all="ignore"):  # damage may lead to NaN, of which the program that computes with it will speak
+            numbers[start : start + n] = gguf.quants.dequantize(rows[start : start + n], kind)
 
     list(pool.map(convert, range(0, len(rows), n)))  # a list, so that errors are raised here
     return numbers

@@ -45,12 +45,19 @@ def fetch(name):
     try:
         folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=FILES, ignore_patterns="*/*"))
     except Exception as error:  # of many kinds: the library's own, its HTTP client's, the disk's
-        found = next((REASONS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in REASONS), None)
-        reason = found or f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise OSError(f"cannot fetch {repository} from the Hugging Face hub: {reason}{otherwise}") from None
+        raise OSError(f"cannot fetch {repository} from the Hugging Face hub: {reason(error)}{otherwise}") from None
     if not (folder / "config.json").exists():
         raise OSError(f"{repository} has no config.json: download a .gguf file of it yourself, and name its path")
     return folder
+
+
+def reason(error):
+    """Why huggingface_hub failed, in one line: our words for its exception, and what its HTTP client said."""
+    words = next((REASONS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in REASONS), "")
+    said = str(error).strip().partition("\n")[0].removeprefix("Got: ")
+    if not words:
+        return f"{type(error).__name__}: {said}"
+    return f"{words} ({said})" if str(error).startswith("Got: ") else words
 
 
 def packaged():

@@ -30,6 +30,8 @@ class LibraryTokenizer:
     Encoder. `prefix` are the ids that the model expects before every text.
     """
 
+    splitting = None  # none of encoder.SPLITTINGS
+
     def __init__(self, other, unspell):
         path = other.path
         try:

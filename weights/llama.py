@@ -70,13 +70,13 @@ def read_config(path, found):
     if "head_dim" not in found and n_embd % n_head:
         raise OSError(f"{path}: hidden_size {n_embd} cannot be shared among num_attention_heads {n_head}")
     config = check_sizes(path, {"head_dim": n_embd // n_head} | found, SIZES)
-    rope = {"rope_theta": found.get("rope_theta", 10000.0)}
+    rope = {name: found[name] for name in ("rope_theta", "partial_rotary_factor") if name in found}
     for name in ("rope_scaling", "rope_parameters"):
         rope |= require_dict(path, name, found.get(name, {}))
     require(path, found | {"partial_rotary_factor": rope.get("partial_rotary_factor")}, SUPPORTED, "LLaMA")
     check_heads(path, config)
     config["eps"] = number(path, "rms_norm_eps", found.get("rms_norm_eps", 1e-6))
-    config["rope_base"] = number(path, "rope_theta", rope["rope_theta"])
+    config["rope_base"] = number(path, "rope_theta", rope.get("rope_theta", 10000.0))
     config["rope_scaling"] = read_scaling(path, {"original_max_position_embeddings": config["n_ctx"]} | rope)
     return config | {"tied": found.get("tie_word_embeddings", False) is True}
 

@@ -219,3 +219,17 @@ def split_special(text, allowed, special):
 def tokenizer_texts(ids, merges):
     """The contents of an encoder.json and a vocab.bpe."""
     return json.dumps(ids, ensure_ascii=False), "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n"
+
+
+def tokenizer_json(ids, merges, special):
+    """The contents of a tokenizer.json that splits texts as SmolLM2 does: ids {spelling: id}, special {text: id}."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
+    model |= {"type": "BPE", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    contents = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None}
+    contents["added_tokens"] = [{"id": i, "content": text} | flags for text, i in special.items()]
+    contents["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [EACH_DIGIT, level]}
+    contents |= {"post_processor": level, "decoder": level}
+    contents["model"] = model | {"vocab": ids, "merges": [list(pair) for pair in merges]}
+    return json.dumps(contents, ensure_ascii=False)

@@ -13,7 +13,7 @@ from conftest import GOLDEN, ROOT, model_of, oracle, random_params
 
 import backends
 import utils
-from inference import batching, kv_cache
+from inference import kv_cache, slot_caches
 
 jax = oracle("jax")
 
@@ -96,7 +96,7 @@ def test_a_batch_has_the_room_it_needs_and_little_more(backend):
     """Each row reads its whole cache for each token. On JAX each size is a program, so there are few."""
     model, sizes = model_of(random_params(n_ctx=1024, n_layer=1), 2, backend), set()
     for n_tokens in range(1, 1025):
-        ((keys, _),) = batching.init_caches(model, 2, n_tokens)
+        ((keys, _),) = slot_caches.init_caches(model, 2, n_tokens)
         assert n_tokens <= keys.shape[-1] <= max(16, min(2 * n_tokens, n_tokens + 255))
         sizes.add(keys.shape[-1])
     few = [1, 16, 32, 64, 128, 256, 512, 768, 1024]

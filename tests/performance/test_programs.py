@@ -60,7 +60,7 @@ def test_larger_models_have_a_set_of_programs_for_each_cache_size(traced):
         kv_cache.generate([5] * n_prompt, params, 2, 4, "jax")
     assert len(traced) == len(set(traced))
     assert {n_cache for _, n_cache in traced} == {64, 128, 256, 512, 768, 1024}
-    assert {n for n, _ in traced} == {1, 16, 64, 128, 256, 512, 768, 1024}
+    assert {n for n, _ in traced} == {1, 16, 64, 128, 256, 512}, "a long prompt passes through in parts of 512 tokens"
 
 
 @pytest.mark.parametrize("told", [True, False])
