@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import copy
 import json
 import os
@@ -485,8 +486,10 @@ def test_bodies_that_are_no_request(server):
     is_refused(server.http.get("/v1/models/gpt-4"), 404, "model")
     is_refused(server.http.get("/v1/models", headers={"Host": "evil.example:8000"}), 403, None)
     assert "access-control-allow-origin" not in server.http.get("/v1/models", headers={"Origin": "http://x"}).headers
-    flood = server.http.get("/health", headers={f"X-{i}": "y" * 1000 for i in range(1000)})
-    assert flood.status_code in (400, 431)
+    with contextlib.suppress(httpx.TransportError):  # or the server closes the connection while more is being sent
+        flood = server.http.get("/health", headers={f"X-{i}": "y" * 1000 for i in range(1000)})
+        assert flood.status_code in (400, 431)
+    assert server.http.get("/health").status_code == 200
 
 
 ERRORS = {
@@ -504,7 +507,9 @@ def test_errors_by_type(server, kind):
 
 def test_all_tokens_banned_is_the_clients_mistake(server, monkeypatch):
     every = tuple((i,) for i in range(2048))
-    monkeypatch.setattr("inference.jobs.Job._coin", lambda job: setattr(job, "params", banning(job, every)) or 0.5)
+    monkeypatch.setattr(
+        "inference.jobs.Job._coin", lambda job: setattr(job, "sampling_params", banning(job, every)) or 0.5
+    )
     with pytest.raises(openai.BadRequestError, match="every token is banned"):
         server.client.completions.create(model="3M", prompt="x", max_tokens=3)
     monkeypatch.undo()
@@ -512,7 +517,7 @@ def test_all_tokens_banned_is_the_clients_mistake(server, monkeypatch):
 
 
 def banning(job, words):
-    return job.params._replace(bad_words=words)
+    return job.sampling_params._replace(bad_words=words)
 
 
 # ---- Mutations ----
