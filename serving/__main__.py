@@ -21,7 +21,7 @@ import backends
 import cli
 import utils
 from inference import model as models
-from inference.requests import find_template
+from inference.parameters import find_template
 from inference.scheduling import Scheduler
 from weights.params import find_dtype
 
