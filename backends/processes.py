@@ -63,7 +63,7 @@ def joined(coordinator, n_processes=None, process_id=None, settings=None):
     except BaseException as error:
         # JAX's own exit handler would wait for the others. The last handler to be registered is the first to run.
         atexit.register(leave, 2 if isinstance(error, ValueError) else 1)
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if peers:
             time.sleep(2)  # if the reason is that another process has died, `watch` says so and ends this one
         raise
     for peer in peers:

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -78,15 +80,15 @@ def test_a_forward_pass_has_two_all_reduces_a_block_one_for_the_embedding_and_on
 # ---- What is cut where ----
 
 
-def backend(params, **sizes):
+def backend(params, n_head=6, **sizes):
     mesh = SimpleNamespace(shape=dict.fromkeys(sharding.AXES, 1) | sizes)
-    return sharding.Backend(mesh, params, {"n_head": 6})
+    return sharding.Backend(mesh, params, {"n_head": n_head})
 
 
-def specs(shapes, **sizes):
+def specs(shapes, n_head=6, **sizes):
     """{name: where it is cut} of parameters {name: shape}, of those that are cut."""
     leaves = {name: SimpleNamespace(shape=shape) for name, shape in shapes.items()}
-    return {name: cut.spec() for name, cut in backend(leaves, **sizes).cuts.items() if cut.spec() != P()}
+    return {name: cut.spec() for name, cut in backend(leaves, n_head, **sizes).cuts.items() if cut.spec() != P()}
 
 
 def test_tensor_parallelism_is_that_of_megatron():
@@ -131,6 +133,27 @@ def test_a_device_gets_the_columns_of_its_own_heads():
         heads = range(device * 2, device * 2 + 2)
         assert [*columns] == [f"{part}{head}.{i}" for part in "qkv" for head in heads for i in range(d_head)]
     assert [*sharding.swap_columns(arranged, n_devices, 3)[0]] == names
+
+
+def bytes_of_a_device(size, **sizes):
+    """Of a parameter, its gradient and AdamW's two averages, 4 bytes each, by the table of cuts."""
+    n_embd, n_head, n_layer = {"124M": (768, 12, 12), "1558M": (1600, 25, 48)}[size]
+    shapes = {leaf_name(path): shape for path, shape in param_shapes(50257, 1024, n_embd, n_head, n_layer).items()}
+    cuts, n = specs(shapes, n_head, **sizes), 0
+    for name, shape in shapes.items():
+        parts = [sizes.get(axis, 1) for axis in (*cuts.get(name, ()), *[None] * len(shape))]
+        n += math.prod(-(-length // part) for length, part in zip(shape, parts, strict=False))
+    return 16 * n
+
+
+def test_the_page_on_scaling_has_these_numbers_of_bytes():
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:one device|\w+=)[^|]*) \| ([\d.]*) ?\| ([\d.]*) ?\|$", page, flags=re.MULTILINE)
+    assert len(rows) == 7
+    for mesh, *cells in rows:
+        sizes = {name: int(n) for name, n in re.findall(r"(\w+)=(\d+)", mesh)}
+        for size, cell in zip(("124M", "1558M"), cells, strict=True):
+            assert not cell or cell == f"{bytes_of_a_device(size, **sizes) / 1e9:.2f}", (mesh, size)
 
 
 # ---- Mistakes: one line each ----
