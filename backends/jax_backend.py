@@ -10,6 +10,7 @@ from backends.jax_layout import prepare
 
 __all__ = ["prepare"]  # lays out the matrices of a model for speed, in place: see jax_layout.py
 COMPILES = True  # whether each new combination of shapes costs the compilation of a program
+N_DATA = N_MODEL = 1  # devices that divide the rows of a batch, and the matrices: sharding.py has more
 ROW_COSTS = {1: 1.0, 8: 1.5}  # few entries, as each number of rows is a program
 
 
@@ -81,8 +82,22 @@ def sum_over(f, rows):
         return jax.tree.map(jax.numpy.add, total, f(row)), None
 
     result = jax.eval_shape(f, jax.tree.map(lambda leaf: leaf[0], rows))
-    nothing = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), result)
-    return jax.lax.scan(add, nothing, rows)[0]
+    return jax.lax.scan(add, jax.tree.map(jax.numpy.zeros_like, result), rows)[0]
+
+
+def own(hparams):
+    """See numpy_backend.own."""
+    return hparams
+
+
+def rows(read, shape):
+    """See numpy_backend.rows."""
+    return read(slice(None))
+
+
+def over_devices(f, mean=False):
+    """See numpy_backend.over_devices: f itself, as this is JAX on one device."""
+    return f
 
 
 def tune(step):

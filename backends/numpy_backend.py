@@ -12,6 +12,7 @@ from weights.params import flatten, tree_map
 
 __all__ = ["prepare"]  # lays out the matrices of a model for speed, in place: see numpy_layout.py
 COMPILES = False  # whether each new combination of shapes costs the compilation of a program
+N_DATA = N_MODEL = 1  # devices that divide the rows of a batch, and the matrices: sharding.py has more
 # {rows of a pass that checks a draft: its time, in passes of one row}, of 124M on two cores
 ROW_COSTS = {1: 1.0, 2: 1.7, 4: 1.8, 8: 2.1}
 
@@ -67,6 +68,24 @@ def sum_over(f, rows):
     n_rows = len(next(iter(flatten(rows).values())))
     parts = [tree_map(operator.itemgetter(i), rows) for i in range(n_rows)]
     return functools.reduce(functools.partial(tree_map, operator.add), numpy_threads.parallel_map(f, parts))
+
+
+def own(hparams):
+    """hparams with the numbers of heads that each device has: hparams, as one device has all."""
+    return hparams
+
+
+def rows(read, shape):
+    """A batch of `shape`, whose rows read(slice) reads: all of them. Many devices divide them, and each process reads
+    those of its own devices (sharding.py)."""
+    return read(slice(None))
+
+
+def over_devices(f, mean=False):
+    """f(params, rows, *others), where each device computes its share of the rows of a batch: f itself, on one device.
+    f returns a result for each row, or with mean=True a pair of means over its rows: a loss and its gradient, a tree as
+    params."""
+    return f
 
 
 def tune(step):

@@ -280,7 +280,8 @@ def rotary():
         axes.add_patch(plt.Circle((0, 0), 1, fill=False, color=GRAY, lw=0.7))
         for position, point in enumerate(turned[:, [i, i + 2]]):
             arrow(axes, (0, 0), point, colour, 2)
-            axes.text(*(1.2 * point), position, ha="center", va="center")
+            if i == 0 or position in (0, 6):  # the numbers between would overlap
+                axes.text(*(1.2 * point), position, ha="center", va="center")
         axes.set(xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal", title=f"a {speed} pair")
         axes.axis("off")
     wide = {"d_head": 64, "rope_base": 10000.0, "rope_scaling": None}

@@ -43,7 +43,7 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_siz
          stop: list = (), stop_at_eos: bool | None = None, overflow: str = "error",
          num_samples: int = 1, batch: bool = False, num_beams: int = 1, length_penalty: float = 1.0,
          early_stopping: str = "false", draft: str = "", draft_model: str = "", json: bool = False, trace: int = 0,
-         chat: bool = False, system: str = "", adapter: str = ""):
+         chat: bool = False, system: str = "", adapter: str = "", mesh: str = ""):
     # fmt: on
     """GPT-2 continues your text. The new text alone goes to stdout, as it is generated; all else to stderr.
 
@@ -80,6 +80,7 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_siz
         chat: the prompt is a message, and the model answers; without one, on a terminal, it is a conversation
         system: with --chat: what the model is to know or to do in all answers
         adapter: a folder with a LoRA for this model, made by training.finetune or by peft
+        mesh: how JAX's devices divide the model and the batch, such as data=2,model=4; left out: one device
     """
     flags = SimpleNamespace(**locals())
     flags.stop, flags.bad_words = as_texts(stop), as_texts(bad_words)
@@ -93,7 +94,7 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_siz
     if chat:  # the template first: a model that has none is not loaded
         flags.model_size = str(utils.choose_model(model_size, models_dir, base_url).resolve())
         flags.template = chats.load_template(Path(flags.model_size))
-    tokenizer, model = models.load(flags.model_size, models_dir, base_url, backend, dtype, adapter)
+    tokenizer, model = models.load(flags.model_size, models_dir, base_url, backend, dtype, adapter, mesh)
     if is_conversation(flags):
         start = chats.Conversation(model, tokenizer, flags.template, system)
         return chats.converse(start, functools.partial(make_answer, flags, tokenizer, model))
@@ -103,7 +104,7 @@ def main(prompt: str = "", *, n_tokens_to_generate: int = LeftOut(40), model_siz
     if not chat and any(prompt.endswith(" ") for prompt in prompts):
         print("hint: a prompt ends in a space, which belongs to the next token: leave it out", file=sys.stderr)
     if backend != "numpy":
-        print(device, file=sys.stderr)
+        print(device + f", mesh {mesh}" * bool(mesh), file=sys.stderr)
     started = time.perf_counter()
     try:
         with numpy.errstate(all="ignore"):  # what is not finite is reported below
@@ -248,7 +249,7 @@ def sequence_maker(flags, tokenizer, model):
         flags, bad_words=tuple(tuple(tokenizer.encode(word)) for word in words), end_ids=model.end_ids,
         banned=utils.ids_without_token(tokenizer, model.n_vocab, model.end_ids),
     )  # fmt: skip
-    stops = flags.chat or (model.stop_at_eos if flags.stop_at_eos is None else flags.stop_at_eos)
+    stops =  (model.stop_at_eos if flags.stop_at_eos is None else flags.stop_at_eos)
     settings = {"end_ids": model.end_ids if stops else (), "stop": flags.stop, "keep_log_probabilities": flags.json}
 
     def make(ids, n_new, i):

@@ -88,6 +88,7 @@ class Batch:
     """
 
     def __init__(self, model, n_slots, n_tokens, adapters=None, *, chunk=None, capacities=None, n_kept=0):
+        n_slots += -n_slots % model.backend.N_DATA  # many devices divide the slots evenly
         self.model, self.n_slots, self.n_tokens, self.chunk = model, n_slots, n_tokens, chunk
         self.capacities = capacities or (capacity(model, n_tokens),)
         self.joining = collections.deque()  # sequences whose prompts are computed next, first come, first served

@@ -93,9 +93,10 @@ def load_template(path):
 def read_gguf_template(path):
     """(the text of the template or None, {name: text} of special tokens) of a GGUF file."""
     fields, names = read_header(path).fields, {}
+    texts = dict(enumerate(fields.get("tokenizer.ggml.tokens") or []))
     for name in ("bos", "eos"):
-        if (i := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
-            names[f"{name}_token"] = fields["tokenizer.ggml.tokens"][i]
+        if (i := fields.get(f"tokenizer.ggml.{name}_token_id")) in texts:
+            names[f"{name}_token"] = texts[i]
     return fields.get("tokenizer.chat_template"), names
 
 

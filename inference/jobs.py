@@ -141,7 +141,7 @@ def text_offsets(tokenizer, ids):
 
 def make_jobs(tokenizer, model, values, inputs, n_new, n_candidates, deliver, adapter=None):
     """The Jobs of a request: for each of `inputs`, lists of ids, values.n Jobs, the i-th (from 0) with seed + i,
-    or a BeamJob. `values` has the parameters of the request by their names in inference/requests.py."""
+    or a BeamJob. `values` has the parameters of the request by their names in inference/parameters.py."""
     cold = values.temperature < 1e-5 or values.use_beam_search
     words = [space + word.strip() for word in values.bad_words for space in ("", " ")]
     params = sampling.SamplingParams(

@@ -46,19 +46,35 @@ class Model(NamedTuple):
     backend: Any
 
 
-def load(model_size="", models_dir=None, base_url=None, backend="numpy", dtype="float32", adapter=""):
+def load(model_size="", models_dir=None, base_url=None, backend="numpy", dtype="float32", adapter="",
+         mesh=""):  # fmt: skip
     """(tokenizer, Model) of a model by its name.
 
-    `adapter` is a folder with a LoRA (weights/peft.py), which is merged into the weights.
+    `adapter` is a folder with a LoRA (weights/peft.py), which is merged into the weights. A mesh, such as "model=2",
+    divides the model among JAX's devices (backends/sharding.py).
     Without a name it is 124M, or 3M, which comes with this repository, if 124M cannot be had. Raises ValueError and
-    OSError as utils.load_encoder_hparams_and_params does, for an unknown backend and for an unknown dtype.
+    OSError as utils.load_encoder_hparams_and_params does, for an unknown backend and for an unknown dtype, and
+    ValueError for a mesh that does not divide the devices or the heads.
     """
-    library = backends.get(backend)
+    library, devices = backends.get(backend), make_mesh(mesh, backend)
     folder = utils.choose_model(model_size, models_dir, base_url)
     tokenizer, hparams, params = utils.load_folder(folder)
     params = lora.merge_folder(params, adapter) if adapter else params
+    ending = utils.read_ending(folder, tokenizer, hparams)
+    if devices is not None:
+        model = make_model(cast(params, dtype), hparams, backends.get("numpy"), *ending)
+        return tokenizer, importlib.import_module("backends.sharding").spread(
+            model, module_of(hparams).forward, devices
+        )
     params = library.prepare(cast(params, dtype))  # the same name, so that no variable keeps the old arrays in memory
-    return tokenizer, make_model(params, hparams, library, *utils.read_ending(folder, tokenizer, hparams))
+    return tokenizer, make_model(params, hparams, library, *ending)
+
+
+def make_mesh(mesh, backend):
+    """The mesh that a text describes; "" is none. Raises ValueError unless JAX computes and has such devices."""
+    if mesh and backend != "jax":
+        raise ValueError(f"--mesh {mesh} needs --backend jax: NumPy computes on one device")
+    return importlib.import_module("backends.sharding").make_mesh(mesh) if mesh else None
 
 
 def load_adapters(folder, adapters):
@@ -74,10 +90,13 @@ def load_adapters(folder, adapters):
 
 
 def make_model(params, hparams, library, end_ids=(), stop_at_eos=False):
-    """The Model of params that are on the backend `library` already (library.prepare or library.asarray): the one place
-    that chooses the architecture."""
-    module = importlib.import_module(ARCHITECTURES[architecture(hparams)])
-    return module.make_model(params, hparams, library, end_ids, stop_at_eos)
+    """The Model of params that are on the backend `library` already (library.prepare or library.asarray)."""
+    return module_of(hparams).make_model(params, hparams, library, end_ids, stop_at_eos)
+
+
+def module_of(hparams):
+    """The module that computes the architecture with these hyperparameters: the one place that chooses it."""
+    return importlib.import_module(ARCHITECTURES[architecture(hparams)])
 
 
 def init_cache(model, n_tokens):

@@ -39,10 +39,8 @@ class Scheduler:
 
     def __init__(self, model, n_slots, n_tokens, max_queue, adapters=None):
         settings = {"chunk": CHUNK, "capacities": capacities(model, n_tokens), "n_kept": n_slots}
-        self.make_batch, self.max_queue = (
-            functools.partial(Batch, model, n_slots, n_tokens, adapters, **settings),
-            max_queue,
-        )
+        self.make_batch = functools.partial(Batch, model, n_slots, n_tokens, adapters, **settings)
+        self.max_queue = max_queue
         self.batch, self.waiting, self.cancelled = self.make_batch(), collections.deque(), set()
         self.changed = threading.Condition()  # guards waiting, cancelled and deadline
         self.deadline = None  # when the running jobs are ended; None as long as the scheduler is open
@@ -79,16 +77,18 @@ class Scheduler:
 
     def _run(self):
         while self._wait():
+            running = []
             try:
                 with self.changed:
                     self._admit()
+                running = self.batch.sequences()  # the step may fail when it has just taken one of them out
                 for job, piece in self.batch.step():
                     job.deliver(job.event(piece))
             except Exception as error:  # whatever it is, the clients hear of it, and the next request is served
                 print(
                     f"a step failed, so its requests did: {type(error).__name__}: {error}", file=sys.stderr, flush=True
                 )
-                self._fail(self.batch.sequences(), error)
+                self._fail(dict.fromkeys([*running, *self.batch.sequences()]), error)
                 self.batch = self.make_batch()  # as the step may have left a broken cache
 
     def _wait(self):

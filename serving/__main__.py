@@ -21,7 +21,7 @@ import backends
 import cli
 import utils
 from inference import model as models
-from inference.requests import find_template
+from inference.parameters import find_template
 from inference.scheduling import Scheduler
 from weights.params import find_dtype
 
@@ -65,7 +65,8 @@ def main(*, model_size: str = "", models_dir: str = "", base_url: str = "", back
     for found in scheduler.batch.warm_up() if warm_up else ():  # each takes seconds for a large model
         print(f"\rcompiled: {found:40}", end="\r", file=sys.stderr, flush=True)
     hosts = (*LOOPBACK, host) if host in LOOPBACK else ()  # what listens to a network may have any name there
-    app = make_app(Service([name, *adapters], tokenizer, model, scheduler, n_tokens, find_template(folder), api_key, hosts))
+    names, template = [name, *adapters], find_template(folder)
+    app = make_app(Service(names, tokenizer, model, scheduler, n_tokens, template, api_key, hosts))
     cli.unwind_on_ctrl_c()
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn sets its own, and at its end raises the signal once more
     scheduler.start()

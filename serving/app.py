@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from inference.jobs import make_jobs
-from inference.requests import CHAT, COMPLETIONS, Refused, check, encode, encode_chat, parse
+from inference.parameters import CHAT, COMPLETIONS, Refused, check, encode, encode_chat, parse
 from serving.metrics import Metrics
 from serving.reply import Reply, explain
 from serving.walkthrough import page_routes

@@ -80,6 +80,10 @@ def test_harmless_messages_are_encoded_as_the_whole_rendered_text(tiny, kind):
         assert template.encode(tokenizer, as_messages(pairs)) == tokenizer.encode(rendered, tokenizer.special)
 
 
+def test_lines_of_blocks_leave_no_trace():
+    assert template_of("a\n  {% if true %}\nb\n\n  {% endif %}\n c\n").render([]) == "a\nb\n\n c"
+
+
 @pytest.mark.parametrize("kind", OTHERS)
 def test_templates_are_rendered_as_transformers_does(kind):
     theirs = pytest.importorskip("transformers.utils.chat_template_utils")

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_the_split_is_stratified_and_uses_each_text_once(balance):
 def test_naive_bayes_by_hand():
     train = [("a", "x x y"), ("b", "y z")]
     # log P(a) + log P(x|a) = log 1/2 + log 3/6; for b: log 1/2 + log 1/5. z: 1/6 against 2/5. w is unknown.
-    assert labelled.naive_bayes(train, ["x", "z w", "X z"]) == ["a", "b", "a"]
+    assert labelled.naive_bayes(train, ["x", "z w", "X z", "y z z x"]) == ["a", "b", "a", "b"]
     assert math.log(3 / 6 * 1 / 6) > math.log(1 / 5 * 2 / 5), "x z"
 
 
@@ -180,6 +181,25 @@ def test_train_only_trains_the_output_layer_too(run, tsv, tmp_path):
     base, made = (named_leaves(p) for p in (utils.load_folder(GOLDEN)[2], classify.load(tmp_path / "made").params))
     changed = {k for k in base if not np.array_equal(base[k], made[k])}
     assert changed == {f"{k}.{part}" for k in ("blocks.1.ln_1", "blocks.2.ln_1", "ln_f") for part in "gb"}
+
+
+def test_the_best_epoch_is_saved_and_the_frozen_stay_out_of_the_state(golden):
+    library, saved = backends.get("numpy"), []
+    s = SimpleNamespace(batch_size=2, seed=0, weight_decay=0.0, n_epochs=4, learning_rate=0.1)
+    scores = iter([1, 3, 2, 3])
+
+    def loss_of(trainable, rows, keys, frozen):
+        return ((trainable["w"] * frozen["x"]) ** 2).sum() + 0 * rows["ids"].sum()
+
+    best = tuning.tune(
+        library, loss_of, {"w": np.ones(3, np.float32)}, [{"x": np.arange(3, dtype=np.float32)}],
+        lambda epoch: [{"ids": np.zeros((2, 1), np.float32)}], s, lambda params: {"score": next(scores)},
+        lambda trained, found: saved.append((trained, found["epoch"])),
+    )  # fmt: skip
+    assert best["epoch"] == 2
+    assert [epoch for _, epoch in saved] == [1, 2]
+    assert saved[0][0].keys() == {"w"}
+    assert saved[0][0]["w"][0] == 1 > saved[0][0]["w"][1], "the gradient of the first one is 0"
 
 
 def test_files_of_texts(run, tsv, tmp_path):

@@ -187,6 +187,15 @@ def test_damage_is_one_line(tmp_path, kind, command):
     assert re.search(reason, err), err
 
 
+def test_numbers_that_are_not_finite_are_one_line(tmp_path, command, recwarn):
+    write_gguf(tmp_path / "m.gguf", kind="Q4_1")
+    edit(lambda data: data[:-8000] + b"\x00\x7c" * 4000)(tmp_path / "m.gguf")  # steps and lowest numbers: infinite
+    status, out, err = command("Once", "--model_size", str(tmp_path / "m.gguf"))
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "NaN or infinity in blocks" in err
+    assert [str(w.message) for w in recwarn if issubclass(w.category, RuntimeWarning)] == []
+
+
 def test_the_header_that_is_remembered_is_that_of_the_file(tiny, tmp_path):
     path = tmp_path / "m.gguf"
     write_gguf(path)

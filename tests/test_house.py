@@ -251,7 +251,7 @@ FLAGS = {
     "dtype": "float32", "prompt_file": "", "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": None,
     "repetition_penalty": 1.0, "min_new_tokens": 0, "bad_words": (), "stop": (), "stop_at_eos": None,
     "overflow": "error", "num_samples": 1, "batch": False, "num_beams": 1, "length_penalty": 1.0,
-    "early_stopping": "false", "json": False, "trace": 0, "min_p": 0.0, "no_repeat_ngram_size": 0,
+    "early_stopping": "false", "json": False, "trace": 0, "min_p": 0.0, "no_repeat_ngram_size": 0, "adapter": "",
 }  # fmt: skip
 
 

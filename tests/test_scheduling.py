@@ -296,7 +296,7 @@ def test_cancelled_jobs_leave_at_once(scheduler, heard):
 
 def test_one_job_that_fails_leaves_the_others_alone(scheduler, heard):
     bad = SamplingParams(bad_words=tuple((i,) for i in range(N_VOCAB)))
-    scheduler.submit([heard.job(params=bad), good := heard.job()])
+    scheduler.submit([heard.job(sampling_params=bad), good := heard.job()])
     ended = {event.job: event for event in heard.until_ended(2) if event.finish_reason}
     assert ended.pop(good).finish_reason == "length"
     ((_, event),) = ended.items()

@@ -3,6 +3,8 @@
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
+import copy
 import json
 import os
 import random
@@ -26,6 +28,8 @@ from inference.generate import Sequence, generate
 from inference.sampling import SamplingParams
 from inference.scheduling import QueueFull
 from serving.__main__ import main
+from training import lora
+from weights.params import from_names, named_leaves
 
 ONCE = "Once upon a time"
 
@@ -482,8 +486,10 @@ def test_bodies_that_are_no_request(server):
     is_refused(server.http.get("/v1/models/gpt-4"), 404, "model")
     is_refused(server.http.get("/v1/models", headers={"Host": "evil.example:8000"}), 403, None)
     assert "access-control-allow-origin" not in server.http.get("/v1/models", headers={"Origin": "http://x"}).headers
-    flood = server.http.get("/health", headers={f"X-{i}": "y" * 1000 for i in range(1000)})
-    assert flood.status_code in (400, 431)
+    with contextlib.suppress(httpx.TransportError):  # or the server closes the connection while more is being sent
+        flood = server.http.get("/health", headers={f"X-{i}": "y" * 1000 for i in range(1000)})
+        assert flood.status_code in (400, 431)
+    assert server.http.get("/health").status_code == 200
 
 
 ERRORS = {
@@ -501,7 +507,9 @@ def test_errors_by_type(server, kind):
 
 def test_all_tokens_banned_is_the_clients_mistake(server, monkeypatch):
     every = tuple((i,) for i in range(2048))
-    monkeypatch.setattr("inference.jobs.Job._coin", lambda job: setattr(job, "params", banning(job, every)) or 0.5)
+    monkeypatch.setattr(
+        "inference.jobs.Job._coin", lambda job: setattr(job, "sampling_params", banning(job, every)) or 0.5
+    )
     with pytest.raises(openai.BadRequestError, match="every token is banned"):
         server.client.completions.create(model="3M", prompt="x", max_tokens=3)
     monkeypatch.undo()
@@ -509,7 +517,7 @@ def test_all_tokens_banned_is_the_clients_mistake(server, monkeypatch):
 
 
 def banning(job, words):
-    return job.params._replace(bad_words=words)
+    return job.sampling_params._replace(bad_words=words)
 
 
 # ---- Mutations ----
@@ -533,7 +541,7 @@ def mutated(rng):
         while isinstance(place.get(key), dict) and place[key] and rng.random() < 0.5:
             place = place[key]
             key = rng.choice([*place])
-        place[key] = rng.choice(ODD)
+        place[key] = copy.deepcopy(rng.choice(ODD))
         if rng.random() < 0.2:
             place.pop(key)
     return path, body
@@ -576,6 +584,29 @@ def test_a_server_with_a_key(storyteller):
         assert server.http.get("/health").json() == {"status": "ok"}
         with pytest.raises(openai.AuthenticationError):
             server.client.with_options(api_key="wrong").models.list()
+
+
+def test_adapters_are_models_of_their_own(storyteller):
+    """Beside the base model, in the same batch, and with the same prompt, whose cache they do not share."""
+    encoder, hparams, params = storyteller
+    rng, name = np.random.default_rng(0), "blocks.2.mlp.c_fc"
+    leaves = {f"{name}.lora_{part}": 0.3 * rng.normal(size=shape).astype(np.float32)
+              for part, shape in (("a", (192, 4)), ("b", (4, 768)))}  # fmt: skip
+    merged = lora.merge(from_names(named_leaves(params) | leaves))
+    prompt = "Once upon a time there was a little girl named Lily. She had a red ball and a dog. One day"
+    with running(storyteller=storyteller, adapters={"poet": leaves}) as server:
+        assert [model.id for model in server.client.models.list()] == ["3M", "poet"]
+
+        def ask_model(name):
+            answer = server.client.completions.create(model=name, prompt=prompt, max_tokens=20, temperature=0)
+            assert answer.model == name
+            return answer.choices[0].text
+
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(ask_model, ["3M", "poet"] * 3))
+    expected = [alone((encoder, hparams, weights), prompt, 20).text for weights in (params, merged)]
+    assert expected[0] != expected[1]
+    assert found == expected * 3
 
 
 def test_a_model_without_a_template(storyteller):
@@ -875,6 +906,8 @@ def test_bad_flags(command, tmp_path):
             (2, ["--port", "0", "--max_model_len", "257"], "--max_model_len 257 is more than n_ctx 256"),
             (2, ["--max_batch", "0"], "--max_batch 0 must be 1 to 1024"),
             (2, ["--grace", "-1"], "--grace -1.0"),
+            (2, ["--port", "0", "--adapter", "poet"], "--adapter 'poet': give NAME=FOLDER"),
+            (2, ["--port", "0", "--adapter", "poet=nowhere"], "no adapter folder 'nowhere'"),
             (2, ["--backend", "cupy"], "unknown backend 'cupy'"),
             (2, ["--dtype", "int8"], "int8"),
         ]:

@@ -64,6 +64,7 @@ def what_came(pieces, sequence):
     try:
         text = "".join(pieces)
     except ValueError as error:
+        assert "every token is banned" in str(error)
         return sequence.text, sequence.ids, str(error)
     assert text == sequence.text
     return text, sequence.ids, sequence.finish_reason
@@ -146,9 +147,9 @@ def test_the_rule_gives_the_distribution_of_the_model():
 def test_a_guess_that_is_as_likely_for_both_is_accepted_with_every_coin():
     logits = np.log(np.array([0.1, 0.2, 0.7]))
     q = softmax(logits)
-    q[2] = np.nextafter(q[2], 1)  # then p(2) / q(2) is below 1, and nothing is left to draw from
+    q[0] = np.nextafter(q[0], 1)  # then p(0) / q(0) is below 1, and nothing is left to draw from
     params = SamplingParams(temperature=1)
-    assert speculative.choose(logits, [0], 0, params, 1 - 2**-53, guess=2, q=q) == 2
+    assert speculative.choose(logits, [0], 0, params, 1 - 2**-53, guess=0, q=q) == 0
 
 
 def table_model(logits):
@@ -238,6 +239,13 @@ def test_the_coins_of_guesses_are_not_those_of_the_choices():
 
 
 # ---- Drafts ----
+
+
+def test_a_guess_that_leaves_no_token_ends_the_draft():
+    """It is an error only if the text comes to this."""
+    model = table_model(np.eye(3))
+    sequence = Sequence(Tokenizer(), [0], 9, SamplingParams(no_repeat_ngram_size=1))
+    assert [guess for guess, _ in DraftModel(model, model).propose(sequence, 8)] == [1, 2]
 
 
 def longest_match(ids):

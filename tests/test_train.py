@@ -438,3 +438,28 @@ def test_no_file_of_training_imports_jax(ids, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])["step"] == 1
+
+
+def test_train_only_changes_what_its_pattern_matches_and_resumes(command, ids, tmp_path, monkeypatch):
+    """The file of the run has averages for what is trained, and no others."""
+    monkeypatch.setattr(train.Run, "draw_losses", lambda run: None)
+    flags = ["--init_from", str(GOLDEN), "--train_only", r"blocks.[1-2].mlp|ln_f.*", "--backend", "numpy"]
+    flags += ["--n_ctx", "16", "--batch_size", "2", "--eval_every", "2", "--learning_rate", "0.01", "--warmup", "0"]
+
+    def run(name, *more):
+        status, _, err = command(str(ids), "--out", str(tmp_path / name), *flags, *more, main=train.main)
+        assert status == 0, err
+        return err
+
+    assert "37,440 of 110,256 parameters are trained" in run("made", "--n_steps", "2")
+    run("made", "--n_steps", "4", "--resume")
+    assert [step for step, _, loss in losses(tmp_path / "made") if loss is not None] == [0, 2, 4]
+    base = {path: np.array(array) for path, array in flatten(utils.load_folder(GOLDEN)[2]).items()}
+    made = params_of(tmp_path / "made")
+    changed = {path for path in made if path != ("wpe",) and not np.array_equal(made[path], base[path])}
+    assert changed == {path for path in base if "ln_f" in path or ("mlp" in path and path[1] > 0)}
+    with np.load(tmp_path / "made" / "training-4.npz") as file:
+        kept = {name.partition(".")[2] for name in file.files if "." in name}
+    assert kept == {".".join(map(str, path)) for path in changed}
+    status, _, err = command(str(ids), "--out", str(tmp_path / "new"), "--train_only", "ln_f", main=train.main)
+    assert (status, "name those to start from with --init_from" in err) == (2, True)

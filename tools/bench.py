@@ -39,7 +39,7 @@ from encoder import END_OF_TEXT, SPELL
 from tools.engines import ENGINES, N_DECODE, PEERS, installed
 from tools.tables import draw, markdown
 from training.step import init_params
-from weights.params import cast, find_dtype, param_shapes
+from weights.params import cast, find_dtype, shapes_of
 from weights.tokenizer import tokenizer_texts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +73,7 @@ def save_random_model(folder, hparams):
 
 
 def weight_bytes(hparams, dtype):
-    return sum(map(math.prod, param_shapes(**hparams).values())) * np.dtype(find_dtype(dtype)).itemsize
+    return sum(map(math.prod, shapes_of(hparams).values())) * np.dtype(find_dtype(dtype)).itemsize
 
 
 # ---- A process for each engine ----

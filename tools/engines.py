@@ -22,8 +22,8 @@ import backends
 import gpt2
 from inference import batching, slot_caches
 from inference.model import greedy, init_cache, make_model
-from weights.huggingface import hf_config, hf_name
-from weights.params import flatten
+from weights.huggingface import hf_config, hf_tensors
+from weights.params import architecture, flatten
 
 N_DECODE = 32  # tokens that one measurement of decode generates
 N_BATCH_PROMPT, N_BATCH_DECODE = 10, 8  # tokens of the prompt and new tokens, in one measurement of batch
@@ -98,6 +98,11 @@ class Limits:
     one_product = prefill  # a name that no other engine has, for tools.curves to ask for this limit alone
 
 
+def require_gpt2(name, hparams):
+    if architecture(hparams) != "gpt2":
+        raise ValueError(f"{name} is measured with a gpt2 alone: leave it out of --against")
+
+
 class Peer:
     """A program that generates n tokens in one call, `generate(rows, n)`, which returns seconds.
 
@@ -118,10 +123,12 @@ class Transformers(Peer):
         import transformers
 
         self.torch, self.hparams = torch, hparams
-        config = transformers.GPT2Config(**hf_config(hparams, end_of_text=None))  # without one, no text ends early
-        self.model = transformers.GPT2LMHeadModel(config).eval()
-        state = {hf_name(path): torch.from_numpy(array) for path, array in flatten(params).items()}
-        self.model.transformer.load_state_dict(state, strict=False)
+        config = hf_config(hparams, end_of_text=None)  # without an end, no text ends early
+        config = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+        self.model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        state = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in hf_tensors(hparams, params).items()}
+        inner = self.model.transformer if architecture(hparams) == "gpt2" else self.model
+        inner.load_state_dict(state, strict=False)
         self.device = f"transformers {transformers.__version__}, PyTorch {torch.__version__}"
 
     def generate(self, rows, n):
@@ -139,6 +146,7 @@ class CTranslate2(Peer):
     def __init__(self, name, hparams, params):
         import ctranslate2
 
+        require_gpt2(name, hparams)
         self.hparams, self.tokens = hparams, [f"t{i}" for i in range(hparams["n_vocab"])]
         loader = ctranslate2.converters.transformers.GPT2Loader()
         spec = loader.get_model_spec(Transformers(name, hparams, params).model)
@@ -168,6 +176,7 @@ class PicogptStyle:
     device = "gpt2.generate"
 
     def __init__(self, name, hparams, params):
+        require_gpt2(name, hparams)
         self.hparams, self.params = hparams, params
 
     def decode(self, n_prompt, n=2):

@@ -82,7 +82,7 @@ class Server:
 
     def __init__(self, url, model, key, chat):
         self.url, self.chat, self.headers = url, chat, {"Authorization": f"Bearer {key}"}
-        models = requests.get(f"{url}/v1/models", headers=self.headers, timeout=60).json()
+        models = requests.get(f"{url}/v1/models", headers=self.headers, timeout=600).json()
         self.model = model or models["data"][0]["id"]
         self.name, self.rng = f"{self.model} {url.rpartition(':')[2]}", random.Random(0)
 

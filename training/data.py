@@ -177,10 +177,11 @@ def load(folder, n_ctx):
     return encoder, ids
 
 
-def draw(ids, n_ctx, n_rows, seed, step):
-    """The batch of a step: n_rows windows of n_ctx + 1 ids from random places, [n_rows, n_ctx + 1]. It depends on the
-    arguments alone, so a run that is resumed continues with the batches that it would have had."""
-    starts = np.random.default_rng((seed, step)).integers(0, len(ids) - n_ctx, n_rows)
+def draw(ids, n_ctx, n_rows, seed, step, rows=slice(None)):
+    """The batch of a step: n_rows windows of n_ctx + 1 ids from random places, [n_rows, n_ctx + 1], or these `rows` of
+    it alone. It depends on the arguments alone, so a run that is resumed continues with the batches that it would have
+    had."""
+    starts = np.random.default_rng((seed, step)).integers(0, len(ids) - n_ctx, n_rows)[rows]
     return np.stack([ids[i : i + n_ctx + 1] for i in starts]).astype(np.int32)
 
 

@@ -87,7 +87,7 @@ def classify(data: str = "", *, model_size: str = "3M", out: str = "models/class
 
     with locked(out):
         best = classifiers.train(library, start, rows, s, save)
-        found = test(library, out, parts, rows["test"], best)
+        found = evaluate(library, out, parts, rows["test"], best)
         write_text(out / "result.json", json_library.dumps(found, indent=1) + "\n")
     print(json_library.dumps(found) if json else "\n".join(table(out, labels, found)))
 
@@ -120,7 +120,7 @@ def report_cut(n, what, n_ctx):
         print(f"{n} {what}{are} longer than {n_ctx} tokens: only the last {n_ctx} are used", file=sys.stderr)
 
 
-def test(library, folder, parts, rows, best):
+def evaluate(library, folder, parts, rows, best):
     """The figures of the saved classifier on the test part, and those of naive Bayes; draws confusion.png."""
     classifier = classifiers.load(folder)
     answers = classifiers.predict(library, classifier, rows[0]).argmax(axis=-1)

@@ -190,16 +190,16 @@ def write_files(out, source, hparams, base, params, trained, s, epoch, ending):
     saves.save_best(out, epoch, hparams, params, ending)
     if s.train == "lora":
         (out / "adapter").mkdir(exist_ok=True)
-        peft.save_lora(out / "adapter", trained, s.alpha or 2 * s.rank, source, base)
+        peft.save_lora(out / "adapter", trained, s.alpha, source, base)
 
 
 def answers(params, hparams, encoder, library, examples):
     """The greedy answer to each example."""
     model = make_model(params, hparams, library)
-    end_ids, sequences = (encoder.end_of_text,), []
+    n_new, end_ids, sequences = min(N_ANSWER, hparams["n_ctx"] // 2), (encoder.end_of_text,), []
     for example in examples:
-        ids = encoder.encode(prompt(example))[-(hparams["n_ctx"] - N_ANSWER) :]
-        sequences.append(Sequence(encoder, ids, N_ANSWER, end_ids=end_ids))
+        ids = encoder.encode(prompt(example))[n_new - hparams["n_ctx"] :]
+        sequences.append(Sequence(encoder, ids, n_new, end_ids=end_ids))
     generate_batch(model, sequences)
     return [sequence.text.strip() for sequence in sequences]
 
@@ -210,7 +210,7 @@ def report(examples, before, after, losses):
     yield "# Answers to instructions that were not trained on\n"
     yield f"Loss per token of the answers: {losses[0]:.4f} before, {losses[1]:.4f} after ({change:+.1%}).\n"
     for example, old, new in zip(examples, before, after, strict=True):
-        yield f"## {example['instruction']}\n"
+        yield f"## {' '.join(example['instruction'].split())}\n"
         texts = {"Input": example.get("input"), "Before": old or "(nothing)", "After": new or "(nothing)"}
         for name, text in (texts | {"Expected": example["output"]}).items():
             if text:

@@ -100,17 +100,20 @@ def make_step(library, loss_of, micro_batch_size, seed=0, clip=1.0, **adamw_sett
     The batch passes through the model in micro-batches, and their gradients are added up: the same result as all at
     once, but with memory for the activations (the results of all layers, which backpropagation needs) of one
     micro-batch only (gradient accumulation). On a CPU it is also faster, because the activations of few rows fit into
-    its cache.
+    its cache. Where the library has many devices, each of them does this with its share of the batch.
     """
     gradient_of = library.value_and_grad(loss_of)
 
+    def mean_gradient(params, rows, *frozen):
+        parts = tree_map(lambda array: array.reshape(-1, micro_batch_size, *array.shape[1:]), rows)
+        total = library.sum_over(lambda part: gradient_of(params, *part, *frozen), parts)
+        n_parts = len(next(iter(flatten(parts).values())))
+        return tree_map(lambda array: array / n_parts, total)
+
     @functools.partial(library.jit, donate_argnums=0)
     def step(state, batch, n_done, rate, *frozen):
-        n_rows = len(next(iter(flatten(batch).values())))
-        keys = dropout_keys(seed, n_done, n_rows)
-        parts = tree_map(lambda array: array.reshape(-1, micro_batch_size, *array.shape[1:]), (batch, keys))
-        total = library.sum_over(lambda part: gradient_of(state["params"], *part, *frozen), parts)
-        loss, gradients = tree_map(lambda array: array / (n_rows // micro_batch_size), total)
+        rows = batch, dropout_keys(seed, n_done, len(next(iter(flatten(batch).values()))))
+        loss, gradients = library.over_devices(mean_gradient, mean=True)(state["params"], rows, *frozen)
         gradients = optimizer.clip_by_global_norm(gradients, clip)
         return optimizer.adamw(state, gradients, n_done, rate, **adamw_settings), loss
 
@@ -119,13 +122,14 @@ def make_step(library, loss_of, micro_batch_size, seed=0, clip=1.0, **adamw_sett
 
 def make_mean_loss(library, forward, micro_batch_size):
     """A function (params, windows [n_windows, n]) -> the mean loss over the windows, without dropout, a float."""
-    losses_of = library.jit(library.vmap(functools.partial(row_loss, forward), in_axes=(None, 0)))
+    losses_of = library.vmap(functools.partial(row_loss, forward), in_axes=(None, 0))
+    losses_of, n_rows = library.jit(library.over_devices(losses_of)), micro_batch_size * library.N_DATA
 
     def mean_loss(params, windows):
         # Rows are repeated to fill the last micro-batch: JAX would compile another program for another length.
-        missing = -len(windows) % micro_batch_size
+        missing = -len(windows) % n_rows
         rows = numpy.concatenate([windows, numpy.repeat(windows[:1], missing, 0)])
-        parts = rows.reshape(-1, micro_batch_size, windows.shape[1])  # [..., n] -> [n_parts, micro_batch_size, n]
+        parts = rows.reshape(-1, n_rows, windows.shape[1])  # [..., n] -> [n_parts, n_rows, n]
         losses = numpy.concatenate([library.to_numpy(losses_of(params, part)) for part in parts])
         return float(losses[: len(windows)].mean(dtype=numpy.float64))
 

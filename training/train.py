@@ -13,11 +13,11 @@ if __name__ == "__main__":  # before the slow imports
     cli.leave_on_ctrl_c()
 
 import contextlib
+import functools
 import importlib.util
 import json
 import math
 import statistics
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -30,7 +30,7 @@ from backends import np
 from inference import sampling
 from inference.generate import Sequence, generate
 from inference.model import make_model
-from training import data, optimizer, saves
+from training import data, devices, optimizer, saves
 from training import step as step_library
 from training.model import HPARAMS, architecture_faults, forward_of, shorten
 from utils import save_tokenizer
@@ -39,7 +39,8 @@ from weights.params import flatten, leaf_name, tree_map, unflatten
 
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 192, "n_ctx": 256}
 # Settings that --resume may change. The sizes are compared too, as hparams.
-FREE = ("data", "out", "n_steps", "patience", "resume", "architecture", "n_head_kv", *SIZES)
+FREE = ("data", "out", "n_steps", "patience", "resume", "architecture", "n_head_kv", *SIZES, *devices.FLAGS)
+ELASTIC = {"devices", "micro_batch_size"}  # other devices, which may need another micro-batch, change only rounding
 N_EVALUATED = 65_536  # tokens of each part of the data, at most, for an evaluation
 
 
@@ -49,7 +50,8 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
          init_from: str = "", n_steps: int = 1500, batch_size: int = 32, micro_batch_size: int | None = None,
          learning_rate: float = 2e-3, warmup: int = 100, beta2: float = 0.99, weight_decay: float = 0.1,
          clip: float = 1.0, dropout: float = 0.1, dtype: str = "float32", eval_every: int = 100, patience: int = 0,
-         seed: int = 0, backend: str = "", resume: bool = False, train_only: str = ""):
+         seed: int = 0, backend: str = "", resume: bool = False, train_only: str = "", mesh: str = "",
+         coordinator: str = "", n_processes: int | None = None, process_id: int | None = None):
     # fmt: on
     """Trains a model on a folder made by `python -m training.data`, and saves it in OpenAI's and Hugging Face's layout.
 
@@ -65,7 +67,7 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
         init_from: start from this model, with its sizes and its tokenizer; left out: start from random numbers
         n_steps: how often to change the parameters; may be larger with --resume, and the learning rate follows it
         batch_size: windows of n_ctx tokens for one step
-        micro_batch_size: windows in memory together, a divisor of batch_size; left out: up to 4 on a CPU, else all
+        micro_batch_size: windows in a device's memory together, a divisor of its share; left out: 4 on a CPU, else all
         learning_rate: the peak; it is reached after the warm-up, then falls to a twentieth along half a cosine
         warmup: steps in which the learning rate rises
         beta2: how slowly AdamW forgets squared gradients, 0 to less than 1; 0.95 to 0.999 is usual
@@ -79,18 +81,18 @@ def main(data: str = "", *, out: str = "models/mine", n_layer: int | None = None
         backend: numpy or jax; left out: jax if it is installed, else numpy
         resume: go on from the last save in --out; give the other flags as before, but for a larger --n_steps
         train_only: beside --init_from: train what this expression is found in the name of: "blocks.[4-5].*|ln_f.*"
+        mesh: how devices divide the work, such as data=2,model=4 or fsdp=8 (docs/scaling.md); left out: data=all
+        coordinator: host:port of process 0, if several processes train one model; auto: as SLURM or Kubernetes says
+        n_processes: how many processes there are
+        process_id: which of them this one is, 0 to n_processes - 1
     """
     settings = SimpleNamespace(**locals())
     settings.backend = backend or ("jax" if importlib.util.find_spec("jax") else "numpy")
     cli.check(rules(settings))
-    print(backends.get(settings.backend).setup(dtype), file=sys.stderr)
     try:
-        with locked(out):
-            run = Run(settings)
-            if resume:
-                run.resume()
-            else:
-                run.begin()
+        with devices.joined(settings) as is_first, locked(out) if is_first else contextlib.nullcontext():
+            run = Run(settings, is_first)
+            run.resume() if resume else run.begin() if is_first else run.evaluate()
             run.train()
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # JAX's lack of memory
@@ -112,8 +114,7 @@ def rules(s):
     yield s.dtype not in ("float32", "bfloat16"), f"--dtype {s.dtype!r}: choose float32 or bfloat16"
     n_embd, n_head = s.n_embd or SIZES["n_embd"], s.n_head or SIZES["n_head"]
     yield n_embd % n_head, f"--n_embd {n_embd} cannot be shared among --n_head {n_head} heads: choose a multiple"
-    uneven = s.micro_batch_size is not None and (s.micro_batch_size == 0 or s.batch_size % s.micro_batch_size)
-    yield uneven, f"--micro_batch_size {s.micro_batch_size} does not divide --batch_size {s.batch_size}"
+    yield from devices.faults(s)
     yield from architecture_faults(s.architecture, n_embd, n_head, s.n_head_kv)
     sizes += ["architecture"] * bool(s.architecture)
     fixed = [name for name in sizes if name != "n_ctx"]
@@ -144,23 +145,22 @@ def starting_point(s):
 class Run:
     """One training run. `state` is that of optimizer.py, on the device; `counters` says how far the run has come."""
 
-    def __init__(self, settings):
-        s, library = settings, backends.get(settings.backend)
-        self.settings, self.folder, self.library, self.seconds = s, Path(s.out), library, []
+    def __init__(self, s, is_first=True):
+        self.settings, self.folder, self.is_first, self.seconds = s, Path(s.out), is_first, []
         self.encoder, self.ids, self.hparams, params = starting_point(s)
+        self.library = library = devices.make_library(s, params, self.hparams)
         params, self.frozen = step_library.freeze(library, params, s.train_only)
         # Copies, because JAX's step overwrites its state.
         self.state = optimizer.init_state(tree_map(np.array, library.asarray(params)))
-        on_cpu = "cpu" in str(next(iter(flatten(self.state).values())).device).lower()
-        forward, n_ctx = forward_of(self.hparams), self.hparams["n_ctx"]
-        micro_batch_size = s.micro_batch_size or (math.gcd(s.batch_size, 4) if on_cpu else s.batch_size)
+        forward, n_ctx = forward_of(library.own(self.hparams)), self.hparams["n_ctx"]
+        micro_batch_size = devices.choose_micro_batch_size(s, library)
         loss_of = step_library.make_loss(library, forward, s.dropout, s.dtype)
         adamw_settings = {"weight_decay": s.weight_decay, "beta2": s.beta2}
         self.step = step_library.make_step(library, loss_of, micro_batch_size, s.seed, s.clip, **adamw_settings)
         self.mean_loss = step_library.make_mean_loss(library, forward, micro_batch_size)
         self.windows = {n: data.consecutive(ids, n_ctx, max(1, N_EVALUATED // n_ctx)) for n, ids in self.ids.items()}
         fixed = {name: value for name, value in vars(s).items() if name not in FREE} | self.hparams
-        fixed |= {"micro_batch_size": micro_batch_size}
+        fixed |= {"micro_batch_size": micro_batch_size, "devices": [library.N_DATA, library.N_MODEL]}
         fixed |= {f"checksum of {name}.bin": zlib.crc32(ids) for name, ids in self.ids.items()}
         self.counters = {"step": 0, "best": math.inf, "best_step": 0, "n_worse": 0, "settings": fixed}
 
@@ -179,21 +179,23 @@ class Run:
         """Goes back to the last save. Raises ValueError if its settings were others."""
         arrays, counters = saves.load_run(self.folder)
         then, now = counters["settings"], self.counters["settings"]
-        if other := [f"{name} {then.get(name)}, not {now[name]}" for name in now if then.get(name) != now[name]]:
+        names = [name for name in now if name not in ELASTIC or then.get("devices", [1, 1]) == now["devices"]]
+        if other := [f"{name} {then.get(name)}, not {now[name]}" for name in names if then.get(name) != now[name]]:
             raise ValueError(f"this run had {'; '.join(other)}: resume it with the flags and data that it had")
         if self.settings.n_steps < counters["step"]:
             raise ValueError(f"--n_steps {self.settings.n_steps} is fewer than this run has done: {counters['step']}")
-        self.counters = counters
+        self.counters = counters | {"settings": now}
         state = unflatten({path: arrays[leaf_name(path)] for path in flatten(self.state)})
         self.state = tree_map(np.array, self.library.asarray(state))
-        saves.rewind_metrics(self.folder, counters["step"])
+        if self.is_first:
+            saves.rewind_metrics(self.folder, counters["step"])
 
     def train(self):
         """Takes the steps that are left, or stops earlier by --patience."""
         from tqdm import tqdm
 
-        s, patience = self.settings, self.settings.patience or math.inf
-        with tqdm(total=s.n_steps, initial=self.counters["step"], unit="step", disable=None) as bar:
+        s, n_done, patience = self.settings, self.counters["step"], self.settings.patience or math.inf
+        with tqdm(total=s.n_steps, initial=n_done, unit="step", disable=not self.is_first or None) as bar:
             while self.counters["step"] < s.n_steps and self.counters["n_worse"] < patience:
                 loss = self.take_step()
                 n_tokens = s.batch_size * self.hparams["n_ctx"]
@@ -202,13 +204,15 @@ class Run:
                 if self.counters["step"] % s.eval_every == 0 or self.counters["step"] == s.n_steps:
                     bar.clear()
                     self.evaluate()
-        best = self.counters
-        print(f"{self.folder} is the model of step {best['best_step']}, validation loss {best['best']:.4f}")
+        if self.is_first:
+            text = "{} is the model of step {best_step}, validation loss {best:.4f}"
+            print(text.format(self.folder, **self.counters))
 
     def take_step(self):
         """Takes one step and logs its loss, which it returns. Raises ValueError if the loss is NaN or infinite."""
-        s, n_done, began = self.settings, self.counters["step"], time.perf_counter()
-        batch = data.draw(self.ids["train"], self.hparams["n_ctx"], s.batch_size, s.seed, n_done)
+        s, n_ctx, n_done, began = self.settings, self.hparams["n_ctx"], self.counters["step"], time.perf_counter()
+        read = functools.partial(data.draw, self.ids["train"], n_ctx, s.batch_size, s.seed, n_done)
+        batch = self.library.rows(read, (s.batch_size, n_ctx + 1))
         rate = optimizer.learning_rate(n_done, s.learning_rate, s.warmup, s.n_steps)
         self.state, loss = self.step(self.state, batch, n_done, rate, *self.frozen)
         loss = float(loss)  # waits for JAX
@@ -233,6 +237,8 @@ class Run:
 
     def log(self, line):
         """Appends a line to metrics.jsonl."""
+        if not self.is_first:
+            return
         n_tokens = self.counters["step"] * self.settings.batch_size * self.hparams["n_ctx"]
         path, line = self.folder / "metrics.jsonl", {"step": self.counters["step"], "tokens": n_tokens, **line}
         try:
@@ -250,27 +256,31 @@ class Run:
             self.require_finite(loss, f"loss on {name}.bin")
         self.log(losses)
         counters["n_worse"] += 1
-        if losses["validation"] < counters["best"]:
+        if is_best := losses["validation"] < counters["best"]:
             counters |= {"best": losses["validation"], "best_step": counters["step"], "n_worse": 0}
+        state = self.library.to_numpy(self.state)  # in all processes, as each has only a part
+        params = step_library.join(state["params"], *map(self.library.to_numpy, self.frozen))
+        if not self.is_first:
+            return
+        if is_best:
             # <|endoftext|> stands between the texts of the data, so the model learns to end a text with it.
             ids = [i for i in [self.encoder.end_of_text] if i is not None]
             ending = utils.Ending(tuple(ids), True) if ids else None
-            saves.save_best(self.folder, counters["step"], self.hparams, self.library.to_numpy(params), ending)
-        saves.save_run(self.folder, counters["step"], self.library.to_numpy(self.state), counters)
+            saves.save_best(self.folder, counters["step"], self.hparams, params, ending)
+        saves.save_run(self.folder, counters["step"], state, counters)
         self.draw_losses()
         pace = self.settings.batch_size * self.hparams["n_ctx"] / statistics.median(self.seconds or [math.inf])
         self.seconds.clear()
         print(f"step {counters['step']:5}  train {losses['train']:.4f}  validation {losses['validation']:.4f}"
-              f"{f'  {pace:,.0f} tokens/s' if pace else ''}\n       | {self.sample()}", flush=True)  # fmt: skip
+              f"{f'  {pace:,.0f} tokens/s' if pace else ''}\n       | {self.sample(params)}", flush=True)  # fmt: skip
 
     def draw_losses(self):
         """Draws loss.png, if matplotlib is installed and there is room on the disk: the run goes on without it."""
         with contextlib.suppress(ModuleNotFoundError, OSError), replacing(self.folder / "loss.png") as part:
             saves.draw_losses(self.folder, part)
 
-    def sample(self):
+    def sample(self, params):
         """A text that the model generates at temperature 0.8, from <|endoftext|> on."""
-        params = self.library.to_numpy(step_library.join(self.state["params"], *self.frozen))
         end_ids = [] if self.encoder.end_of_text is None else [self.encoder.end_of_text]
         start, n = end_ids or [0], min(40, self.hparams["n_ctx"] - 1)
         warm = sampling.SamplingParams(temperature=0.8)

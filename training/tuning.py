@@ -40,7 +40,7 @@ def pattern_of(method, n_layer):
 def add_parameters(params, s):
     """(params with the leaves that the method of settings s adds, the scale of LoRA)."""
     if s.train == "lora":
-        return lora.add_lora(params, s.lora, s.rank, s.seed), (s.alpha or 2 * s.rank) / s.rank
+        return lora.add_lora(params, s.lora, s.rank, s.seed), s.alpha / s.rank
     return (lora.add_adapters(params, s.adapter_size, s.seed) if s.train == "adapters" else params), 1.0
 
 
@@ -56,13 +56,13 @@ def choose(library, params, s):
 
 
 def prepare(s, defaults, methods):
-    """Checks the settings s and fills in what was left out: the number of epochs and the learning rate, by `defaults`,
-    {method: (epochs, rate)}. Returns the backend. Raises ValueError for a value out of range."""
+    """Checks the settings s and fills in what was left out: alpha, and the number of epochs and the learning rate, by
+    `defaults`, {method: (epochs, rate)}. Returns the backend. Raises ValueError for a value out of range."""
     for wrong, message in faults(s, methods):
         if wrong:
             raise ValueError(message)
     n_epochs, rate = defaults[s.train]
-    s.n_epochs, s.learning_rate = s.n_epochs or n_epochs, s.learning_rate or rate
+    s.n_epochs, s.learning_rate, s.alpha = s.n_epochs or n_epochs, s.learning_rate or rate, s.alpha or 2 * s.rank
     library = backends.get(s.backend or ("jax" if importlib.util.find_spec("jax") else "numpy"))
     print(library.setup(), file=sys.stderr)
     return library
@@ -75,11 +75,9 @@ def faults(s, methods):
     yield s.train not in methods, f"--train {s.train!r}: choose {', '.join(methods)}"
     for name in ("n_epochs", "batch_size", "rank", "adapter_size"):
         yield getattr(s, name, 1) == 0, f"--{name} 0 is out of range: 1 or more"
-    yield (
-        s.learning_rate is not None and not 0 < s.learning_rate < math.inf,
-        (f"--learning_rate {s.learning_rate} is out of range: above 0"),
-    )
-    yield s.alpha is not None and not 0 < s.alpha < math.inf, f"--alpha {s.alpha} is out of range: above 0"
+    for name in ("learning_rate", "alpha"):
+        value = getattr(s, name)
+        yield value is not None and not 0 < value < math.inf, f"--{name} {value} is out of range: above 0"
     yield not 0 <= s.weight_decay < math.inf, f"--weight_decay {s.weight_decay} is out of range: 0 (off) or more"
     yield not 0 <= s.dropout < 1, f"--dropout {s.dropout} is out of range: 0 (off) to less than 1"
     yield s.train_only and s.train != "all", "--train_only and --train both choose what is trained: give one"
@@ -96,9 +94,9 @@ DEFAULTS = {"lora": "c_", "rank": 8, "alpha": None}
 
 
 def bucket(n, n_ctx):
-    """The length to which a batch whose longest text has n tokens is padded: 32, 64, 96, 128, 256, 512, ... Few
-    lengths, as JAX compiles a program for each."""
-    return min(n_ctx, -(-n // 32) * 32 if n <= 128 else 1 << (n - 1).bit_length())
+    """The length to which a batch whose longest text has n tokens is padded: 64, 128, 256, ... Few lengths, as JAX
+    compiles a program for each, which takes as long as many batches."""
+    return min(n_ctx, max(64, 1 << (n - 1).bit_length()))
 
 
 def pad(rows, n):

@@ -144,7 +144,8 @@ def rotary(x, cos, sin):
     of its position. Lengths stay. The dot product of two points depends on the angle between them, so the score of a
     query and a key depends on the difference of their positions alone.
     """
-    a, b = np.split(x, 2, axis=-1)  # [..., n_seq, d_head] -> 2 of [..., n_seq, d_head/2]
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]  # [..., n_seq, d_head] -> 2 of [..., n_seq, d_head/2]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 

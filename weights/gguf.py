@@ -42,7 +42,7 @@ import numpy as np
 
 from weights.files import map_file, map_part
 from weights.llama import check_heads, number
-from weights.params import assemble, check_sizes, llama_shapes, replace_leaves
+from weights.params import assemble, check_sizes, empty, llama_shapes, replace_leaves
 
 SCALARS = {
     0: "B",
@@ -295,7 +295,7 @@ def dequantize(rows, kind, n_in, pool):
 
     if kind.name == "F32":
         return rows.view(np.float32)
-    n, numbers = max(1, N_CHUNK // rows.shape[1]), np.empty((len(rows), n_in), np.float32)
+    n, numbers = max(1, N_CHUNK // rows.shape[1]), empty((len(rows), n_in), np.float32)
 
     def convert(start):
         with np.errstate(all="ignore"):  # damage may lead to NaN, of which the program that computes with it will speak

@@ -25,6 +25,7 @@ from weights.params import (
     architecture,
     assemble,
     check_hparams,
+    empty,
     flatten,
     llama_shapes,
     param_shapes,
@@ -158,11 +159,12 @@ def read_header(path):
 def widen(tensor):
     """The numbers of a tensor as float32 or float64, [n]. A bfloat16 is the upper half of a float32: zeros follow."""
     numbers = map_part(tensor.path, tensor.data, tensor.offset, tensor.size).view(HF_DTYPES[tensor.dtype])
-    if tensor.dtype == "BF16":
-        wide = numbers.astype(np.uint32)
-        wide <<= 16  # in place: no second copy of a large tensor
+    if tensor.dtype in ("BF16", "F16"):
+        wide = empty(numbers.shape, np.uint32 if tensor.dtype == "BF16" else np.float32)
+        wide[:] = numbers
+        if tensor.dtype == "BF16":
+            wide <<= 16  # in place: no second copy of a large tensor
         return wide.view(np.float32)
-    numbers = numbers.astype(np.promote_types(numbers.dtype, np.float32), copy=False)
     return np.require(numbers, requirements="A")  # a copy if the file has it at an odd place: slow to compute with
 
 

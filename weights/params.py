@@ -5,6 +5,7 @@ and indices on the way to it: ("blocks", 0, "attn", "c_attn", "w") is params["bl
 """
 
 import functools
+import math
 import operator
 import re
 
@@ -175,6 +176,15 @@ def replace_leaves(f, tree):
 # ---- Dtypes ----
 
 DTYPES = ("float32", "bfloat16", "float64")
+
+
+def empty(shape, dtype):
+    """numpy.empty, in memory that begins at a multiple of 64 bytes. JAX uses such an array as it is on a CPU; of any
+    other it makes a copy."""
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(n_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + n_bytes].view(dtype).reshape(shape)
 
 
 def cast(params, dtype):
