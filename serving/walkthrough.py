@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import gpt2
-from inference.requests import Refused
+from inference.parameters import Refused
 from serving import broken, views
 from utils import first_ids
 from weights.params import tree_map
