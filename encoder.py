@@ -123,11 +123,16 @@ class Encoder:
         except UnicodeEncodeError:
             raise OSError(f"token {i}, {self.spellings[i]!r}, contains a character that spells no byte") from None
 
-    def _encode_ordinary(self, text):
-        ids, pieces = [], [text]
+    def split(self, text):
+        """The pieces of a text, whose borders no token crosses."""
+        pieces = [text]
         for pattern in SPLITTINGS[self.splitting]:
             pieces = [part for piece in pieces for part in pattern.findall(piece)]
-        for piece in pieces:  # long pieces seldom come twice, and would fill the memory
+        return pieces
+
+    def _encode_ordinary(self, text):
+        ids = []
+        for piece in self.split(text):  # long pieces seldom come twice, and would fill the memory
             ids += self._cached_encode_piece(piece) if len(piece) <= 64 else self._encode_piece(piece)
         return ids
 

@@ -24,6 +24,7 @@ from inference.jobs import make_jobs
 from inference.parameters import CHAT, COMPLETIONS, Refused, check, encode, encode_chat, parse
 from serving.metrics import Metrics
 from serving.reply import Reply, explain
+from serving.walkthrough import page_routes
 
 MAX_BODY = 4 << 20  # bytes; far more than the longest prompts of any model here
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -90,10 +91,9 @@ def make_app(service):
 
         return Route(path, counted, methods=[method])
 
-    # The static files of a page at / have their place in serving/page/.
     routes = [route("/v1/models", models), route("/v1/models/{name:path}", models), route("/health", health),
               route("/metrics", show_metrics), route("/v1/completions", completions, "POST"),
-              route("/v1/chat/completions", chat, "POST")]  # fmt: skip
+              route("/v1/chat/completions", chat, "POST"), *page_routes(service, route)]  # fmt: skip
     return Starlette(routes=routes, exception_handlers={HTTPException: answer_error})
 
 
