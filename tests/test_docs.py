@@ -214,6 +214,8 @@ def test_the_front_page_shows_figures_of_the_page_on_performance():
 
 PACKAGES = {"google_crc32c": "google-crc32c"}  # where a package has another name than its module
 OPTIONAL = {
+    "PIL",
+    "playwright",
     "jax",
     "ml_dtypes",
     "matplotlib",

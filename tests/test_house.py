@@ -82,7 +82,9 @@ def test_budgets_hold(name):
 
 
 def test_the_server_is_small():
-    assert sum(len(code_lines(code)) for name, code in FILES.items() if name.startswith("serving/")) <= 300
+    """Without what the page shows, which is the other files of serving/."""
+    names = [f"serving/{name}.py" for name in ("__main__", "app", "metrics", "reply")]
+    assert sum(len(code_lines(FILES[name])) for name in names) <= 300
 
 
 def test_the_documents_state_these_budgets():
