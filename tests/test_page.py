@@ -314,14 +314,12 @@ def test_all_steps_of_the_walkthrough_can_be_shown_by_keyboard(visitor):
 @pytest.mark.browser
 def test_the_sliders_do_what_sampling_does(visitor, storyteller):
     tokenizer, hparams, params = storyteller
-    page = visitor.show("sampling", PROMPT)
-    logits = gpt2.gpt2(tokenizer.encode(PROMPT), **params, n_head=hparams["n_head"])[-1]
-    for t, k, p, minimum, coin in [
-        (1, 0, 1, 0, 0.5),
-        (0.7, 5, 0.9, 0, 0.93),
-        (2, 0, 0.8, 0.05, 0.999),
-        (0, 0, 1, 0, 0.1),
-    ]:
+    prompt = "One day, a"  # many tokens are likely after it
+    page = visitor.show("sampling", prompt)
+    logits = gpt2.gpt2(tokenizer.encode(prompt), **params, n_head=hparams["n_head"])[-1]
+    settings = [(1, 0, 1, 0, coin) for coin in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8)]
+    settings += [(1.5, 20, 0.9, 0, 0.62), (1, 0, 0.6, 0, 0.93), (2, 0, 0.8, 0.05, 0.999), (0, 0, 1, 0, 0.1)]
+    for t, k, p, minimum, coin in settings:
         times = page.evaluate(  # how long each slider takes
             "values => [...document.querySelectorAll('.slider input')].map((input, i) => {"
             "const start = performance.now(); input.value = values[i]; input.dispatchEvent(new Event('input'));"
