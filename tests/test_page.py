@@ -156,7 +156,7 @@ class Visitor:
     def __init__(self, browser, server, **settings):
         self.server, self.requests, self.complaints = server, [], []
         self.context = browser.new_context(**settings)
-        self.context.set_default_timeout(60_000)
+        self.context.set_default_timeout(600_000)  # tests may be stopped for a while
         self.page = self.context.new_page()
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
