@@ -10,6 +10,7 @@ import gc
 import hashlib
 import importlib.util
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -31,6 +32,9 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # one place for all workers
     CACHE = tempfile.TemporaryDirectory()  # for the programs that tests compile: the user's cache is the user's
     os.environ["XDG_CACHE_HOME"] = CACHE.name
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a job that a shell runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else the programs under test would ignore it too
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "gpt2_random"
 LLAMAS = ROOT / "tests" / "golden" / "llama_random"
